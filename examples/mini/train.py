@@ -1,0 +1,308 @@
+"""Trains the bundled mini model.
+
+    python examples/mini/train.py --minutes 8.5 --out DIR
+
+writes a checkpoint that `dsv4_jax.load(DIR)` takes, its curve, results and a sample. The text is
+the standard library of the running interpreter, or of --stdlib.
+"""
+
+import argparse
+import math
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+from data import (
+    HELD_OUT_MODULES,
+    Document,
+    collect,
+    evaluation_batches,
+    sequence_starts,
+    split,
+    token_stream,
+)
+from flax import nnx
+from objective import Metrics, TrainState, is_text, run_steps, text_nats
+from optimizer import Recipe
+from tokenizer import TOKENIZER_FILE
+from tokenizers import Tokenizer
+from weights import by_path, flatten, initial, packed, stored_bytes, straight_through, unflatten
+
+import dsv4_jax
+from dsv4_jax.checkpoint.write import write
+from dsv4_jax.config import Config
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.transformer import initialize
+
+CHECKPOINT_LIMIT_BYTES = 23_500_000
+# After the last step: storing, evaluations, loading, samples.
+CLOSING_SECONDS = 90.0
+MAX_SKIPPED_STEPS = 50
+
+
+@dataclass
+class Clock:
+    """Ends training in time: after `deadline`, or once asked to stop by a signal."""
+
+    minutes: float
+    begin: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def seconds_left(self) -> float:
+        return self.minutes * 60 - self.seconds
+
+    def say(self, text: str) -> None:
+        print(f"[{self.seconds:6.1f} s] {text}", flush=True)
+
+
+def smoke_config(config: Config) -> Config:
+    """A model of the same kind that a CPU trains in a minute."""
+    return replace(
+        config,
+        hidden_size=128,
+        num_hidden_layers=3,
+        compress_ratios=(0, 4, 128),
+        num_hash_layers=1,
+        num_attention_heads=2,
+        head_dim=128,
+        q_lora_rank=64,
+        o_groups=2,
+        o_lora_rank=64,
+        sliding_window=32,
+        index_n_heads=2,
+        index_head_dim=128,
+        index_topk=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """One side of the split as tokens."""
+
+    documents: list[Document]
+    stream: np.ndarray
+
+    @classmethod
+    def of(cls, documents: list[Document], tokenizer: Tokenizer) -> "Text":
+        return cls(documents, token_stream(documents, tokenizer))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(document.num_bytes for document in self.documents)
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Turns nats per token into bits per byte."""
+        return int(is_text(self.stream).sum()) / math.log(2) / self.num_bytes
+
+    def summary(self) -> dict[str, int]:
+        return {
+            "files": len(self.documents),
+            "bytes": self.num_bytes,
+            "tokens": len(self.stream),
+        }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of what time allows")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and 40 steps")
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=Recipe.optimizer)
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
+    parser.add_argument("--quantized-from", type=float, default=Recipe.quantized_from)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stdlib", type=Path, help="directory of .py files to train on")
+    options = parser.parse_args()
+    if (options.out / "checkpoint").exists():
+        parser.error(f"--out: {options.out} already holds a checkpoint")
+    if options.smoke:
+        options.batch, options.length, options.steps = 4, 256, 40
+    return options
+
+
+class Run:
+    """One training run: what is trained on what, and how far it is."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.clock = Clock(options.minutes)
+        self.options = options
+        self.config = smoke_config(Config.MINI) if options.smoke else Config.MINI
+        self.steps_per_call = 5 if options.smoke else 20
+        self.recipe = Recipe(
+            optimizer=options.optimizer,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            quantized_from=options.quantized_from,
+            warmup_steps=2 * self.steps_per_call if options.smoke else 100,
+        )
+        self.clock.say(f"{report.environment()} {self.recipe}")
+        self.tokenizer = Tokenizer.from_file(str(TOKENIZER_FILE))
+        sides = split(collect(options.stdlib))
+        if options.smoke:
+            sides = (sides[0][:100], sides[1][-7:])
+        self.train, self.held_out = (Text.of(side, self.tokenizer) for side in sides)
+        self.clock.say(f"train {self.train.summary()}, held out {self.held_out.summary()}")
+
+        key = jax.random.key(options.seed)
+        self.graph, params = initialize(self.config, key, jnp.bfloat16, Numerics.EXACT)
+        counts = np.bincount(self.train.stream, minlength=self.config.vocab_size)
+        arrays = initial(self.config, flatten(params), counts, options.seed)
+        self.num_params = sum(
+            array.size for array in arrays.values() if jnp.issubdtype(array.dtype, jnp.floating)
+        )
+        num_bytes = sum(stored_bytes(name, array.shape) for name, array in arrays.items())
+        self.clock.say(f"{self.num_params:,} parameters, {num_bytes:,} bytes as stored")
+        if num_bytes > CHECKPOINT_LIMIT_BYTES:
+            raise ValueError(
+                f"Config.MINI: got {num_bytes:,} bytes, expected at most {CHECKPOINT_LIMIT_BYTES:,}"
+            )
+        self.state = TrainState.start(arrays, self.recipe)
+        self.batches = jnp.asarray(
+            evaluation_batches(self.held_out.stream, options.length, options.batch)
+        )
+        self.curve = report.Curve()
+        self.step = 0
+
+    def bits_per_byte(self, graph: nnx.GraphDef, params: nnx.State) -> float:
+        """Of the held-out text."""
+        nats = float(text_nats(graph, params, self.batches))
+        return nats / math.log(2) / self.held_out.num_bytes
+
+    def evaluate(self) -> float:
+        bits = self.bits_per_byte(self.graph, unflatten(self.state.arrays))
+        self.curve.held_out.append(
+            {"step": self.step, "seconds": self.clock.seconds, "bits_per_byte": bits}
+        )
+        self.clock.say(f"step {self.step}: held out {bits:.4f} bits per byte")
+        return bits
+
+    def fit(self) -> None:
+        """Trains until the steps are done, the time is up or a signal comes."""
+        options, timed = self.options, self.options.steps is None
+        stream = jnp.asarray(self.train.stream)
+        starts = sequence_starts(len(stream), options.length, options.batch, options.seed)
+        total_steps, evaluate_every = options.steps, sys.maxsize
+        while not self.clock.stopped and (total_steps is None or self.step < total_steps):
+            begin = self.clock.seconds
+            self.state, metrics = run_steps(
+                self.graph,
+                self.recipe,
+                self.state,
+                stream,
+                jnp.asarray(np.stack(list(islice(starts, self.steps_per_call)))),
+                # Until the pace is known the schedule rises, whatever its end.
+                jnp.int32(total_steps or 1_000_000),
+                options.length,
+            )
+            skipped = int(self.state.skipped)
+            pace = (self.clock.seconds - begin) / self.steps_per_call
+            self.step += self.steps_per_call
+            self.record(metrics, f"{self.step}/{total_steps or '?'}", pace)
+            if skipped > MAX_SKIPPED_STEPS:
+                self.clock.say(f"stopping: {skipped} steps had a gradient that is not finite")
+                break
+            if timed and self.clock.seconds_left < CLOSING_SECONDS:
+                break
+            # The first call compiled the step, the second tells its pace.
+            if self.step == 2 * self.steps_per_call:
+                self.evaluate()
+                seconds_to_train = self.clock.seconds_left - CLOSING_SECONDS
+                if timed:
+                    total_steps = self.step + max(int(0.98 * seconds_to_train / pace), 1)
+                evaluate_every = -(-total_steps // 12 // self.steps_per_call) * self.steps_per_call
+            elif self.step % evaluate_every == 0 and self.step < total_steps:
+                self.evaluate()
+
+    def record(self, metrics: Metrics, step: str, pace: float) -> None:
+        means = {name: float(values.mean()) for name, values in vars(metrics).items()}
+        self.curve.training.append({"step": self.step, "seconds": self.clock.seconds, **means})
+        self.clock.say(
+            f"step {step}: loss {means['loss']:.4f}, "
+            f"{means['loss'] * self.train.bits_per_nat:.4f} bits per byte, "
+            f"gradient {means['gradient_norm']:.3f}, busiest expert {means['peak_load']:.2f}, "
+            f"{self.options.batch * self.options.length / pace:,.0f} tokens/s"
+        )
+
+    def finish(self) -> None:
+        """Writes the checkpoint first, then what is known about it, then what loading it gives."""
+        options, out = self.options, self.options.out
+        directory = out / "checkpoint"
+        stored = jax.jit(packed)(self.state.arrays)
+        write(directory, self.config, by_path(stored), tokenizer_file=TOKENIZER_FILE)
+        num_bytes = sum(file.stat().st_size for file in directory.iterdir())
+        self.clock.say(f"wrote {directory}, {num_bytes:,} bytes")
+
+        rounded_weights = unflatten(jax.jit(straight_through)(self.state.arrays, 1.0))
+        bits_per_byte = {
+            "float32 weights": self.evaluate(),
+            "stored weights": self.bits_per_byte(self.graph, rounded_weights),
+        }
+        result = {
+            **report.environment(),
+            "command": shlex.join(["python", *sys.argv]),
+            "seconds": round(self.clock.seconds, 1),
+            "steps": self.step,
+            "skipped_steps": int(self.state.skipped),
+            "tokens": self.step * options.batch * options.length,
+            "batch": options.batch,
+            "length": options.length,
+            "recipe": asdict(self.recipe),
+            "parameters": self.num_params,
+            "checkpoint_bytes": num_bytes,
+            "train": self.train.summary(),
+            "held_out": self.held_out.summary(),
+            "held_out_modules": sorted(HELD_OUT_MODULES),
+            "held_out_bits_per_byte": bits_per_byte,
+            "config": self.config.to_dict(),
+        }
+        report.write_json(out / "result.json", result)
+        report.write_json(out / "curve.json", asdict(self.curve))
+        self.curve.draw(out / "loss.png", self.train.bits_per_nat)
+        self.clock.say(f"bits per byte: {bits_per_byte}")
+
+        model = dsv4_jax.load(directory)
+        bits_per_byte["loaded"] = self.bits_per_byte(model.graph, model.params)
+        report.write_json(out / "result.json", result)
+        self.clock.say(f"loaded, {model.numerics}: {bits_per_byte['loaded']:.4f} bits per byte")
+        report.write_json(out / "samples.json", report.samples(model.generate, options.seed))
+        self.clock.say("done")
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options)
+    run.fit()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
