@@ -1,0 +1,311 @@
+"""`Model`: a checkpoint with its tokenizer, and the checked way to run it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
+
+from dsv4_jax.cache.manager import Cache
+from dsv4_jax.cache.paged import BLOCK_TOKENS
+from dsv4_jax.cache.schema import CacheSchema, new_arrays
+from dsv4_jax.cache.storage import CacheFormat
+from dsv4_jax.checkpoint.read import read
+from dsv4_jax.config import Config
+from dsv4_jax.layers.linear import Linear
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.parallel.sharding import check_mesh, param_sharding
+from dsv4_jax.text.tokenizer import Tokenizer
+from dsv4_jax.transformer import Capture, Transformer, decode_step, forward, prefill_step
+
+MINI_DIRECTORY = Path(__file__).parent / "mini"
+
+# Widths that prompts are cut into, so that few programs serve any length.
+CHUNK_SIZES = (16, 256)
+
+_forward = jax.jit(forward, static_argnames="capture")
+_prefill_step = jax.jit(prefill_step, donate_argnums=2)
+_decode_step = jax.jit(decode_step, donate_argnums=2)
+
+
+def _refuse_tracer(value: Any, method: str, pure: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"Model.{method} checks its arguments on the host and cannot run under a JAX "
+            f"transformation; use the pure function {pure} there"
+        )
+
+
+class Model:
+    """Weights on devices, the compiled functions that use them, and the tokenizer.
+
+    Attributes:
+        config: sizes and constants.
+        graph: the modules without their arrays (static), for the pure functions.
+        params: the arrays, as the checkpoint stores them.
+        tokenizer: None when the checkpoint has none.
+        numerics, dtype: quantisation points and compute dtype.
+        mesh: devices that share the arrays, or None.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        tokenizer: Tokenizer | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.graph = graph
+        self.params = params
+        self.mesh = mesh
+        self.tokenizer = tokenizer
+        modules = nnx.merge(graph, params)
+        self.config: Config = modules.config
+        self.numerics: Numerics = modules.numerics
+        self.dtype: jnp.dtype = modules.dtype
+
+    def _check_ids(self, tokens: np.ndarray, lowest: int) -> None:
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens: got dtype {tokens.dtype}, expected integers")
+        outside = (tokens < lowest) | (tokens >= self.config.vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"tokens: got id {tokens[outside][0]}, "
+                f"expected ids in [{lowest}, {self.config.vocab_size})"
+            )
+
+    def forward(
+        self, tokens: ArrayLike, capture: bool = False
+    ) -> Float[Array, "b t v"] | tuple[Float[Array, "b t v"], Capture]:
+        """Logits of whole sequences, see `dsv4_jax.forward`.
+
+        Args:
+            tokens: int32 [b, t], t >= 1, ids in [0, vocab_size).
+            capture: also return hidden states, routing and selected entries.
+
+        Returns:
+            float32 [b, t, vocab_size], or (logits, Capture).
+
+        Raises:
+            ValueError: wrong rank, empty sequences or ids outside the vocabulary.
+        """
+        _refuse_tracer(tokens, "forward", "dsv4_jax.forward(model.graph, model.params, tokens)")
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"tokens: got shape {ids.shape}, expected [batch, length >= 1]")
+        self._check_ids(ids, 0)
+        return _forward(self.graph, self.params, jnp.asarray(ids, jnp.int32), capture=capture)
+
+    def new_cache(
+        self,
+        max_sequences: int = 1,
+        max_tokens: int = 8192,
+        cache_format: CacheFormat | None = None,
+    ) -> Cache:
+        """An empty cache.
+
+        Args:
+            max_sequences: slots; all start admitted and empty.
+            max_tokens: capacity over all sequences, rounded up to blocks of 128 tokens.
+            cache_format: "records" (584-byte entries, MXFP4 keys) or "dense" (the model's dtype);
+                by default what `numerics` rounds to.
+
+        Raises:
+            ValueError: a size below 1, an unknown format, or one the model's sizes do not fit.
+        """
+        for name, size in (("max_sequences", max_sequences), ("max_tokens", max_tokens)):
+            if size < 1:
+                raise ValueError(f"{name}: got {size}, expected at least 1")
+        num_blocks = -(-max_tokens // BLOCK_TOKENS)
+        schema = CacheSchema.of(self.config, self.numerics, self.dtype, cache_format)
+        arrays = new_arrays(schema, max_sequences, num_blocks)
+        if self.mesh is not None:
+            everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            arrays = jax.device_put(arrays, everywhere)
+        return Cache(arrays, num_blocks)
+
+    def prefill(
+        self, cache: Cache, tokens: ArrayLike, lengths: ArrayLike
+    ) -> tuple[Float[Array, "b v"], Cache]:
+        """Appends a ragged batch of prompts; row i continues the sequence in slot i.
+
+        The cache is updated in place and returned. Prompts are cut into a few chunk sizes, so
+        calls of any length share compiled programs.
+
+        Args:
+            cache: from `new_cache`.
+            tokens: int32 [b, t], b <= cache.max_sequences.
+            lengths: int32 [b], 0 <= lengths <= t; 0 leaves a slot as it is.
+
+        Returns:
+            (logits at each row's last token, float32 [b, vocab_size], zero for length 0; cache)
+
+        Raises:
+            ValueError: wrong shapes, lengths or ids.
+            OutOfBlocksError: the cache cannot hold the new tokens; it is left as it was.
+        """
+        _refuse_tracer(tokens, "prefill", "dsv4_jax.prefill_step")
+        ids, counts = np.asarray(tokens), np.asarray(lengths)
+        if ids.ndim != 2:
+            raise ValueError(f"tokens: got shape {ids.shape}, expected [batch, length]")
+        b, t = ids.shape
+        if not 1 <= b <= cache.max_sequences:
+            raise ValueError(f"tokens: got {b} rows, expected 1 to {cache.max_sequences} (slots)")
+        if counts.shape != (b,) or not np.issubdtype(counts.dtype, np.integer):
+            raise ValueError(
+                f"lengths: got {counts.dtype}{list(counts.shape)}, expected integers [{b}]"
+            )
+        if (counts < 0).any() or (counts > t).any():
+            raise ValueError(f"lengths: got {counts.tolist()}, expected values in [0, {t}]")
+        counted = np.arange(t) < counts[:, None]
+        self._check_ids(np.where(counted, ids, 0), 0)
+        ids = np.where(counted, ids, -1)
+
+        cache.prepare_step(self._per_slot(cache, counts))
+        logits = jnp.zeros((b, self.config.vocab_size), jnp.float32)
+        for begin, size in _chunks(int(counts.max(initial=0))):
+            chunk = np.full((b, size), -1, np.int32)
+            part = ids[:, begin : begin + size]
+            chunk[:, : part.shape[1]] = part
+            chunk_counts = np.clip(counts - begin, 0, size).astype(np.int32)
+            new = self._run(cache, _prefill_step, jnp.asarray(chunk), jnp.asarray(chunk_counts))
+            logits = jnp.where(chunk_counts[:, None] > 0, new, logits)
+            cache.advance(self._per_slot(cache, chunk_counts))
+        return logits, cache
+
+    def decode_step(self, cache: Cache, tokens: ArrayLike) -> tuple[Float[Array, "b v"], Cache]:
+        """Appends one token to each sequence and returns the logits of the next.
+
+        Args:
+            cache: from `new_cache`, updated in place.
+            tokens: int32 [b], b <= cache.max_sequences, row i for slot i; -1 leaves a slot byte
+                for byte as it is.
+
+        Returns:
+            (float32 [b, vocab_size], undefined where the token is -1; cache)
+
+        Raises:
+            ValueError: wrong shape or ids, or a token for an empty slot.
+            OutOfBlocksError: the cache cannot hold the new tokens; it is left as it was.
+        """
+        _refuse_tracer(tokens, "decode_step", "dsv4_jax.decode_step")
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not 1 <= len(ids) <= cache.max_sequences:
+            raise ValueError(
+                f"tokens: got shape {ids.shape}, expected [b] with 1 <= b <= {cache.max_sequences}"
+            )
+        self._check_ids(ids, -1)
+        empty = (ids >= 0) & (cache.lengths[: len(ids)] == 0)
+        if empty.any():
+            raise ValueError(
+                f"tokens: slot {int(np.argmax(empty))} is empty; prefill a prompt before decoding"
+            )
+        counts = self._per_slot(cache, ids >= 0)
+        cache.prepare_step(counts)
+        logits = self._run(cache, _decode_step, jnp.asarray(ids, jnp.int32))
+        cache.advance(counts)
+        return logits, cache
+
+    @staticmethod
+    def _per_slot(cache: Cache, counts: np.ndarray) -> np.ndarray:
+        full = np.zeros(cache.max_sequences, np.int64)
+        full[: len(counts)] = counts
+        return full
+
+    def _run(self, cache: Cache, step: Any, *args: Array) -> Array:
+        """Runs a jitted pure step with the cache's arrays donated."""
+        try:
+            logits, arrays = step(self.graph, self.params, cache.arrays, *args)
+        except Exception as error:
+            cache.mark_unusable(f"a step failed after its arrays were given away: {error}")
+            raise
+        cache.replace_arrays(arrays)
+        return logits
+
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """The continuation of a prompt; see `generate_stream`."""
+        return "".join(self.generate_stream(prompt, **options))
+
+    def generate_stream(self, prompt: str = "", **options: Any) -> Iterator[str]:
+        """Yields the continuation of a prompt in pieces of whole characters.
+
+        Args:
+            prompt: text; special-token strings in it are plain text.
+            options: fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
+                seed, stop, stop_token_ids.
+
+        Raises:
+            ValueError: the model has no tokenizer, or a bad option.
+        """
+        from dsv4_jax.decoding.generate import stream_text
+
+        return stream_text(self, prompt, **options)
+
+
+def load(
+    source: str | Path = "mini",
+    *,
+    dtype: DTypeLike | None = None,
+    numerics: Numerics = Numerics.CHECKPOINT,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = False,
+) -> Model:
+    """Reads a checkpoint onto the devices.
+
+    Args:
+        source: a directory with config.json and safetensors files, or "mini", the bundled model.
+            Without a tokenizer.json in it, `model.tokenizer` is None.
+        dtype: compute dtype, bfloat16 or float32; by default the config's torch_dtype. Weights
+            keep the dtype they are stored in.
+        numerics: where the forward pass rounds.
+        mesh: devices to spread the weights over, with an automatic axis named "model".
+        progress: draw a progress bar on stderr.
+
+    Raises:
+        ValueError: no such directory, a bad config, dtype or mesh.
+        CheckpointError: a ValueError that lists everything that is wrong with the tensors.
+    """
+    directory = MINI_DIRECTORY if source == "mini" else Path(source)
+    if not directory.is_dir():
+        raise ValueError(f"source: got {str(source)!r}, expected 'mini' or an existing directory")
+    config = Config.from_json(directory)
+    compute_dtype = jnp.dtype(config.torch_dtype if dtype is None else dtype)
+    if compute_dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dtype: got {compute_dtype}, expected bfloat16 or float32")
+    if mesh is not None:
+        check_mesh(mesh)
+
+    def place(path: tuple[str | int, ...], array: np.ndarray) -> Array:
+        return jax.device_put(array, mesh and param_sharding(mesh, path, array.shape))
+
+    checkpoint = read(directory, config, place=place, progress=progress)
+    if not checkpoint.has_mtp:
+        config = replace(config, num_nextn_predict_layers=0)
+    modules = Transformer(config, compute_dtype, numerics)
+    linears = {path: m for path, m in nnx.iter_modules(modules) if isinstance(m, Linear)}
+    for path, weight_format in checkpoint.weight_formats.items():
+        linears[path].repack(weight_format)
+    graph, declared = nnx.split(modules)
+    arrays: dict[tuple[Any, ...], Array] = dict(checkpoint.params)
+    params = nnx.from_flat_state(
+        [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(declared)]
+    )
+    tokenizer_file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
+    return Model(graph, params, tokenizer, mesh)
+
+
+def _chunks(num_tokens: int) -> Iterator[tuple[int, int]]:
+    """(begin, size) of the chunks that cover a prompt: large ones, then one that fits the rest."""
+    begin = 0
+    while begin < num_tokens:
+        rest = num_tokens - begin
+        size = next((s for s in CHUNK_SIZES if s >= rest), CHUNK_SIZES[-1])
+        yield begin, size
+        begin += size
