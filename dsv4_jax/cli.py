@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from dsv4_jax.decoding.generate import Piece
     from dsv4_jax.model import Model
 
-DEFAULT_PROMPT = "def main("
+DEFAULT_PROMPT = '''class Queue:
+    """A first-in, first-out queue."""
+
+    def __init__(self'''
 # A pipe that nobody writes to must not keep the default prompt waiting.
 STDIN_PATIENCE_SECONDS = 5.0
 
@@ -73,11 +76,13 @@ _model_options = _options(
 )
 
 
-def _sampling_options(temperature: float, max_new_tokens: int) -> Callable[[Command], Command]:
+def _sampling_options(
+    temperature: float, top_p: float, max_new_tokens: int
+) -> Callable[[Command], Command]:
     return _options(
         click.option("--temperature", default=temperature, help="0 takes the likeliest token."),
         click.option("--top-k", default=0, help="0 keeps all tokens."),
-        click.option("--top-p", default=1.0, help="1 keeps all tokens."),
+        click.option("--top-p", default=top_p, help="1 keeps all tokens."),
         click.option("--min-p", default=0.0, help="0 keeps all tokens."),
         click.option("--seed", default=0),
         click.option("--stop", multiple=True, help="Ends the text before this; repeatable."),
@@ -105,10 +110,10 @@ def info(source: str, **plan: Any) -> None:
 
 
 @cli.command()
-@click.option("--prompt", help="Text to continue; by default what is piped in, or a few words.")
+@click.option("--prompt", help="Text to continue; by default what is piped in, or a little Python.")
 @click.option("--prompts-file", type=TEXT_FILE, help="A prompt on each line; prints JSON lines.")
 @_model_options
-@_sampling_options(temperature=0.0, max_new_tokens=256)
+@_sampling_options(temperature=0.7, max_new_tokens=256)
 def generate(
     prompt: str | None,
     prompts_file: Path | None,
@@ -143,7 +148,7 @@ def generate(
 @click.option("--system", help="System message.")
 @click.option("--thinking", is_flag=True, help="Reason before answering.")
 @_model_options
-@_sampling_options(temperature=1.0, max_new_tokens=4096)
+@_sampling_options(temperature=1.0, top_p=1.0, max_new_tokens=4096)
 def chat(
     system: str | None,
     thinking: bool,

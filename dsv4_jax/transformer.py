@@ -6,6 +6,7 @@ and weight formats are in it.
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.product import accumulation
 
 
+# JAX builds this tree with leaves of its own kinds too; `no_type_check` lets them pass.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Capture:

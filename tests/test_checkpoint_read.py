@@ -27,6 +27,7 @@ from tests.checkpoint_files import (
     save,
 )
 from tests.checkpoints import random_config, random_tensors
+from tests.conftest import GOLDEN
 
 
 def load(directory, config=CONFIG, **options):
@@ -69,7 +70,7 @@ def test_weight_formats_per_matrix(tmp_path):
 
 
 def test_golden_checkpoint_loads_completely():
-    directory = "tests/golden/tiny-flash"
+    directory = GOLDEN
     checkpoint = read(directory, Config.from_json(directory))
     assert not checkpoint.has_mtp
     assert set(checkpoint.weight_formats.values()) == {"float"}
@@ -447,7 +448,7 @@ def test_no_copy_on_cpu(tmp_path):
 
 
 def test_host_memory_is_one_parameter(tmp_path):
-    config = random_config(hidden_size=256, moe_intermediate_size=96, vocab_size=2048)
+    config = random_config(hidden_size=512, moe_intermediate_size=128)
     directory = save(tmp_path / "checkpoint", random_tensors(config, seed=7))
     load(directory, config, place=lambda path, array: jnp.zeros(()))
     largest_bytes, total_bytes = 0, 0

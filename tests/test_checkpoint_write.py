@@ -21,6 +21,7 @@ from tests.checkpoint_files import (
     expected_params,
     save,
 )
+from tests.conftest import GOLDEN
 
 MODEL = Config.from_dict(CONFIG)
 PARAMS = expected_params(MIXED)
@@ -95,7 +96,7 @@ def test_shards_and_index(tmp_path, loaded):
 
 
 def test_golden_round_trip(tmp_path):
-    source = "tests/golden/tiny-flash"
+    source = GOLDEN
     params = read(source, Config.from_json(source)).params
     write(tmp_path / "checkpoint", Config.from_json(source), params)
     assert Config.from_json(tmp_path / "checkpoint") == Config.from_json(source)

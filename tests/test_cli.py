@@ -8,6 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import dsv4_jax
 from dsv4_jax import cli
@@ -27,18 +28,29 @@ def tokenizer():
     return Tokenizer(trained().to_str())
 
 
+@pytest.fixture(scope="module")
+def recitation(tokenizer):
+    """Logits of each position that give token ids from a position on, then EOS."""
+
+    def rows(ids, begin):
+        # Of one size, so that all of them share a program.
+        rows = np.full((160, tokenizer.vocab_size), -10.0)
+        rows[:, tokenizer.eos_id] = 0.0
+        rows[begin + np.arange(len(ids)), ids] = 10.0
+        return rows
+
+    return rows
+
+
 @pytest.fixture
-def loaded(monkeypatch, tokenizer):
+def loaded(monkeypatch, tokenizer, recitation):
     """Puts a model that writes a text after a prompt of some tokens in the place of any other."""
     chain_model.install(monkeypatch)
     monkeypatch.setattr(generation, "_max_slots", lambda: 4)
     calls = []
 
     def install(text=TEXT, prompt_tokens=1, tokenizer=tokenizer):
-        script = [*[0] * prompt_tokens, *tokenizer.encode(text), *[tokenizer.eos_id] * 40]
-        rows = np.full((len(script), tokenizer.vocab_size), -10.0)
-        rows[np.arange(len(script)), script] = 10.0
-        model = ChainModel(rows, False, tokenizer)
+        model = ChainModel(recitation(tokenizer.encode(text), prompt_tokens), False, tokenizer)
         model.forward = lambda tokens: jnp.zeros((*np.shape(tokens), tokenizer.vocab_size))
 
         def load(source, **options):
@@ -255,8 +267,22 @@ def test_a_model_without_tokenizer(loaded, run):
     refused(run("eval", __file__), "no tokenizer", code=1)
 
 
-def chat(loaded, run, tokenizer, questions, answers, *args, thinking_mode="chat"):
+@pytest.fixture
+def chat(loaded, run, tokenizer, recitation):
     """Runs a conversation; the model recites all its turns in place."""
+
+    def chat(questions, answers, *args, thinking_mode="chat"):
+        script = transcript(questions, answers, thinking_mode)
+        rows = recitation(tokenizer.encode(script, allow_special=True), 0)
+        model = loaded("")
+        model.graph, model.params = nnx.split(chain_model.Table(rows, False))
+        model.rows = np.asarray(rows, np.float32)
+        return run("chat", *args, stdin="".join(f"{q}\n" for q in questions).encode())
+
+    return chat
+
+
+def transcript(questions, answers, thinking_mode):
     messages, script = [], ""
     for question, answer in zip(questions, answers, strict=True):
         messages += [{"role": "user", "content": question}]
@@ -264,36 +290,24 @@ def chat(loaded, run, tokenizer, questions, answers, *args, thinking_mode="chat"
         messages += [{"role": "assistant", "content": answer}]
         script += prompt[len(script) :]
         script += answer
-    ids = tokenizer.encode(script, allow_special=True)
-    model = loaded("")
-    rows = np.full((len(ids) + 40, tokenizer.vocab_size), -10.0)
-    rows[np.arange(len(rows)), [*ids, *[tokenizer.eos_id] * 40]] = 10.0
-    model.rows = np.asarray(rows, np.float32)
-    model.graph, model.params = chain_model.nnx.split(chain_model.Table(rows, False))
-    return run("chat", *args, stdin="".join(f"{q}\n" for q in questions).encode())
+    return script
 
 
-def test_chat_remembers_the_conversation(loaded, run, tokenizer):
-    questions, answers = ["hi", "who?"], ["hello 漢字", "there"]
-    code, out, err = chat(loaded, run, tokenizer, questions, answers, "--temperature", "0")
+def test_chat_remembers_the_conversation(chat):
+    code, out, err = chat(["hi", "who?"], ["hello 漢字", "there"], "--temperature", "0")
     assert (code, err) == (0, "")
     assert out == "> hello 漢字\n> there\n> \n"
 
 
-def test_chat_shows_the_reasoning(loaded, run, tokenizer):
-    answers = ["so be it</think>hello"]
-    result = chat(
-        *(loaded, run, tokenizer, ["hi"], answers, "--thinking", "--temperature", "0"),
-        thinking_mode="thinking",
-    )
+def test_chat_shows_the_reasoning(chat):
+    args = "--thinking", "--temperature", "0"
+    result = chat(["hi"], ["so be it</think>hello"], *args, thinking_mode="thinking")
     assert result == (0, "> so be it</think>hello\n> \n", "")
 
 
-def test_ctrl_c_ends_an_answer_only(loaded, run, tokenizer, monkeypatch):
+def test_ctrl_c_ends_an_answer_only(chat, monkeypatch):
     interrupt_after(monkeypatch, 1)
-    code, out, err = chat(
-        *(loaded, run, tokenizer, ["hi"], ["hello there, hello world, hello"], "--temperature", "0")
-    )
+    code, out, err = chat(["hi"], ["hello there, hello world, hello"], "--temperature", "0")
     assert (code, err) == (0, "")
     assert out.startswith("> hello") and out.endswith("\n> \n")
 

@@ -127,8 +127,8 @@ def test_block_order(tiny, tokens, whole):
     """A sequence whose blocks lie scattered and out of order reads the same."""
     cache = new_cache(tiny)
     feed(tiny, cache, {0: tokens[0, :100], 1: tokens[1, :100], 2: tokens[0, :300]})
-    cache.release(0)
     cache.release(2)
+    cache.release(0)
     logits = feed(tiny, cache, {1: tokens[1, 100:], 2: tokens[0, :290]})
     table = np.asarray(cache.arrays.block_table)
     used = table[1][table[1] >= 0]

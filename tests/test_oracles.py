@@ -401,7 +401,8 @@ def test_mtp_block(random_model):
     earlier[10] = (earlier[10] + 1) % config["vocab_size"]
     changed, _ = mtp.draft(config, tensors, streams, earlier)
     window_end = 10 + config["sliding_window"]
-    moved = abs(changed - logits).max(axis=1) > 0
+    # A matrix product may round a row differently when another row changes.
+    moved = abs(changed - logits).max(axis=1) > 1e-9
     assert list(np.flatnonzero(moved)) == list(range(10, min(window_end, 29)))
 
 

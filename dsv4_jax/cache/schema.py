@@ -1,6 +1,7 @@
 """Which arrays a cache consists of, derived from the config."""
 
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,8 @@ class CacheSchema:
         return self.ratios[:layer].count(self.ratios[layer])
 
 
+# JAX builds this tree with leaves of its own kinds too; `no_type_check` lets them pass.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheArrays:

@@ -21,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+# Below the normal numbers a backend may take a temperature for 0; all do here.
+_COLDEST = float(np.finfo(np.float32).tiny)
+
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
@@ -169,15 +172,15 @@ def sample(
     """
 
     def sampled(logits, options, step):
-        positive = jnp.maximum(options.temperature, jnp.finfo(jnp.float32).tiny)
+        positive = jnp.maximum(options.temperature, _COLDEST)
         weights = filter_logits(logits, positive, options.top_k, options.top_p, options.min_p)
         key = jax.random.fold_in(jax.random.key(options.seed), step)
         drawn = jax.random.categorical(key, weights).astype(jnp.int32)
-        return jnp.where(options.temperature > 0, drawn, greedy(logits))
+        return jnp.where(options.temperature >= _COLDEST, drawn, greedy(logits))
 
     # The sort is worth skipping while nobody samples.
     return jax.lax.cond(
-        jnp.any(options.temperature > 0),
+        jnp.any(options.temperature >= _COLDEST),
         lambda: jax.vmap(sampled)(logits, options, steps),
         lambda: greedy(logits),
     )

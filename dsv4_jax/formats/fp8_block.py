@@ -9,13 +9,20 @@ from dsv4_jax.formats import e8m0, groups
 
 BLOCK = (128, 128)
 LARGEST = 448.0
+SMALLEST_NORMAL = 2.0**-6
+SMALLEST_SUBNORMAL = 2.0**-9
 AMAX_FLOOR = 1e-4
 
 
 def to_e4m3(x: Float32[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
     """Nearest E4M3 value, ties to even, magnitudes above 448 to 448; NaN stays NaN."""
-    # The cast alone turns everything that rounds above 448 into NaN.
-    return jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    # The cast alone turns everything that rounds above 448 into NaN. And it must have nothing left
+    # to round: XLA on GPU takes a cast to E4M3 and back for the identity (excess precision).
+    x = jnp.clip(x, -LARGEST, LARGEST)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(x / SMALLEST_SUBNORMAL) * SMALLEST_SUBNORMAL
+    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, subnormal, normal)
+    return x.astype(jnp.float8_e4m3fn)
 
 
 def quantize(

@@ -80,5 +80,6 @@ def round_trip(x: Float[Array, "*batch d"], rope_dim: int) -> Float[Array, "*bat
     nope = x.shape[-1] - rope_dim
     if rope_dim < 0 or nope < 0:
         raise ValueError(f"rope_dim: got {rope_dim}, expected 0 to {x.shape[-1]}")
-    rope = x[..., nope:].astype(jnp.bfloat16).astype(x.dtype)
+    # Not a cast and back, which compilers may take for the identity.
+    rope = jax.lax.reduce_precision(x[..., nope:], exponent_bits=8, mantissa_bits=7)
     return jnp.concatenate([fp8_block.round_trip(x[..., :nope], GROUP), rope], -1)

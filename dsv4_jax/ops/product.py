@@ -16,16 +16,21 @@ _exact: ContextVar[bool] = ContextVar("exact", default=False)
 def accumulation(exact: bool) -> Iterator[None]:
     """How `product` and `sum_of_squares` add up while a function is traced.
 
-    Float32 operands are never rounded to a shorter format (no TF32). With `exact` their sums are
-    accumulated in float64 and rounded once, so that the shape of a call (a chunk, a batch, a
-    single step) does not show in the last digits.
+    With `exact` sums of float32 products are accumulated in float64 and rounded once, so that the
+    shape of a call (a chunk, a batch, a single step) does not show in the last digits.
     """
     token = _exact.set(exact)
     try:
-        with jax.default_matmul_precision("highest"):
-            yield
+        yield
     finally:
         _exact.reset(token)
+
+
+def _float32_product(spec: str, a: Array, b: Array) -> Array:
+    # Without HIGHEST a GPU rounds float32 operands to TF32.
+    return jnp.einsum(
+        spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -40,18 +45,19 @@ def _float64_product_jvp(
     spec: str, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (a, b), (da, db) = primals, tangents
-    tangent = jnp.einsum(spec, da, b) + jnp.einsum(spec, a, db)
+    tangent = _float32_product(spec, da, b) + _float32_product(spec, a, db)
     return _float64_product(spec, a, b), tangent
 
 
 def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """`jnp.einsum(spec, a, b)` accumulated and returned in float32; see `accumulation`.
 
-    Derivatives are float32 products in any case.
+    Float32 operands are never rounded to a shorter format. Derivatives are float32 products in
+    any case.
     """
     if _exact.get() and a.dtype == b.dtype == jnp.float32:
         return _float64_product(spec, a, b)
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return _float32_product(spec, a, b)
 
 
 def sum_of_squares(x: Float[Array, "*batch d"]) -> Float[Array, "*batch 1"]:

@@ -45,6 +45,7 @@ from dsv4_jax.transformer import initialize
 CHECKPOINT_LIMIT_BYTES = 23_500_000
 # After the last step: storing, evaluations, loading, samples.
 CLOSING_SECONDS = 90.0
+EVALUATIONS = 12
 MAX_SKIPPED_STEPS = 50
 
 
@@ -209,7 +210,8 @@ class Run:
         options, timed = self.options, self.options.steps is None
         stream = jnp.asarray(self.train.stream)
         starts = sequence_starts(len(stream), options.length, options.batch, options.seed)
-        total_steps, evaluate_every = options.steps, sys.maxsize
+        total_steps = options.steps
+        steady_step, steady_seconds, evaluations = 0, 0.0, 0
         while not self.clock.stopped and (total_steps is None or self.step < total_steps):
             begin = self.clock.seconds
             self.state, metrics = run_steps(
@@ -223,32 +225,35 @@ class Run:
                 options.length,
             )
             skipped = int(self.state.skipped)
-            pace = (self.clock.seconds - begin) / self.steps_per_call
             self.step += self.steps_per_call
-            self.record(metrics, f"{self.step}/{total_steps or '?'}", pace)
+            seconds_per_step = (self.clock.seconds - begin) / self.steps_per_call
+            self.record(metrics, f"{self.step}/{total_steps or '?'}", seconds_per_step)
             if skipped > MAX_SKIPPED_STEPS:
                 self.clock.say(f"stopping: {skipped} steps had a gradient that is not finite")
                 break
-            if timed and self.clock.seconds_left < CLOSING_SECONDS:
+            seconds_left = self.clock.seconds_left - CLOSING_SECONDS
+            if timed and seconds_left < 0:
                 break
-            # The first call compiled the step, the second tells its pace.
-            if self.step == 2 * self.steps_per_call:
+            if self.step == self.steps_per_call:
+                # Everything is compiled after this: steps and evaluations keep their pace.
                 self.evaluate()
-                seconds_to_train = self.clock.seconds_left - CLOSING_SECONDS
-                if timed:
-                    total_steps = self.step + max(int(0.98 * seconds_to_train / pace), 1)
-                evaluate_every = -(-total_steps // 12 // self.steps_per_call) * self.steps_per_call
-            elif self.step % evaluate_every == 0 and self.step < total_steps:
+                steady_step, steady_seconds = self.step, self.clock.seconds
+                continue
+            if timed:
+                pace = (self.clock.seconds - steady_seconds) / (self.step - steady_step)
+                total_steps = self.step + max(round(seconds_left / pace), 1)
+            if evaluations + 1 <= EVALUATIONS * self.step / total_steps < EVALUATIONS:
                 self.evaluate()
+                evaluations += 1
 
-    def record(self, metrics: Metrics, step: str, pace: float) -> None:
+    def record(self, metrics: Metrics, step: str, seconds_per_step: float) -> None:
         means = {name: float(values.mean()) for name, values in vars(metrics).items()}
         self.curve.training.append({"step": self.step, "seconds": self.clock.seconds, **means})
         self.clock.say(
             f"step {step}: loss {means['loss']:.4f}, "
             f"{means['loss'] * self.train.bits_per_nat:.4f} bits per byte, "
             f"gradient {means['gradient_norm']:.3f}, busiest expert {means['peak_load']:.2f}, "
-            f"{self.options.batch * self.options.length / pace:,.0f} tokens/s"
+            f"{self.options.batch * self.options.length / seconds_per_step:,.0f} tokens/s"
         )
 
     def finish(self) -> None:
