@@ -27,10 +27,10 @@ def accumulation(exact: bool) -> Iterator[None]:
 
 
 def _float32_product(spec: str, a: Array, b: Array) -> Array:
-    # Without HIGHEST a GPU rounds float32 operands to TF32.
-    return jnp.einsum(
-        spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    # Without HIGHEST a GPU rounds float32 operands to TF32. With it the derivative of a bfloat16
+    # product would become a slow float32 one.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
