@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from dsv4_jax.cache.manager import Cache
 from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.cache.schema import CacheSchema, new_arrays
-from dsv4_jax.cache.storage import CacheFormat
 from dsv4_jax.checkpoint.read import read
+from dsv4_jax.checkpoint.write import write
 from dsv4_jax.config import Config
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.numerics import Numerics
@@ -60,10 +60,12 @@ class Model:
         params: nnx.State,
         tokenizer: Tokenizer | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        tokenizer_file: Path | None = None,
     ):
         self.graph = graph
         self.params = params
         self.mesh = mesh
+        self._tokenizer_file = tokenizer_file
         self.tokenizer = tokenizer
         modules = nnx.merge(graph, params)
         self.config: Config = modules.config
@@ -106,7 +108,7 @@ class Model:
         self,
         max_sequences: int = 1,
         max_tokens: int = 8192,
-        cache_format: CacheFormat | None = None,
+        cache_format: str | None = None,
     ) -> Cache:
         """An empty cache.
 
@@ -228,6 +230,19 @@ class Model:
         cache.replace_arrays(arrays)
         return logits
 
+    def save(self, directory: str | Path) -> None:
+        """Writes the model in the official format; `load` gives the same bits back.
+
+        Args:
+            directory: absent or empty.
+
+        Raises:
+            ValueError: the directory is not empty.
+        """
+        flat = nnx.to_flat_state(self.params)
+        params: dict[tuple[Any, ...], Array] = {path: variable[...] for path, variable in flat}
+        write(directory, self.config, params, tokenizer_file=self._tokenizer_file)
+
     def generate(self, prompt: str = "", **options: Any) -> str:
         """The continuation of a prompt; see `generate_stream`."""
         return "".join(self.generate_stream(prompt, **options))
@@ -298,7 +313,7 @@ def load(
     )
     tokenizer_file = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
-    return Model(graph, params, tokenizer, mesh)
+    return Model(graph, params, tokenizer, mesh, tokenizer_file if tokenizer else None)
 
 
 def _chunks(num_tokens: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from dsv4_jax.cache.flush import OVERLAP_ROWS
 from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.cache.storage import (
-    CacheFormat,
     Planes,
     Storage,
     entry_storage,
@@ -46,7 +45,7 @@ class CacheSchema:
         config: Config,
         numerics: Numerics,
         dtype: DTypeLike,
-        cache_format: CacheFormat | None = None,
+        cache_format: str | None = None,
     ) -> "CacheSchema":
         resolved = resolve_format(config, numerics, cache_format)
         return cls(

@@ -108,9 +108,7 @@ def record_obstacles(config: Config) -> list[str]:
     return obstacles
 
 
-def resolve_format(
-    config: Config, numerics: Numerics, cache_format: CacheFormat | None
-) -> CacheFormat:
+def resolve_format(config: Config, numerics: Numerics, cache_format: str | None) -> CacheFormat:
     """The format to use: storage follows numerics unless it is named.
 
     Raises:
@@ -120,11 +118,13 @@ def resolve_format(
     if cache_format is None:
         rounded = numerics.quantize_kv and numerics.quantize_indexer
         return "records" if rounded and not obstacles else "dense"
-    if cache_format not in ("dense", "records"):
+    if cache_format == "dense":
+        return "dense"
+    if cache_format != "records":
         raise ValueError(f"cache_format: got {cache_format!r}, expected 'dense' or 'records'")
-    if cache_format == "records" and obstacles:
+    if obstacles:
         raise ValueError(f"cache_format: 'records' does not fit this model: {'; '.join(obstacles)}")
-    return cache_format
+    return "records"
 
 
 def entry_storage(

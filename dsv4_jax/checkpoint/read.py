@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv4_jax.checkpoint import names, values
 from dsv4_jax.checkpoint.errors import CheckpointError
-from dsv4_jax.checkpoint.plan import Leaf, Plan, make_plan
+from dsv4_jax.checkpoint.plan import Leaf, make_plan
 from dsv4_jax.checkpoint.shards import NUMPY_DTYPES, Shards
 from dsv4_jax.config import Config
 
@@ -38,16 +38,6 @@ class Checkpoint:
     has_mtp: bool
 
 
-def weight_formats(directory: str | Path, config: Config) -> dict[names.Path, names.WeightFormat]:
-    """The format of each matrix that may be packed, from the headers alone.
-
-    Raises:
-        CheckpointError: as `read`, but for values.
-    """
-    with Shards(directory) as shards:
-        return _plan(shards, config).weight_formats
-
-
 def read(
     directory: str | Path, config: Config, *, place: Place | None = None, progress: bool = False
 ) -> Checkpoint:
@@ -70,7 +60,9 @@ def read(
     params: dict[names.Path, jax.Array] = {}
     findings: list[str] = []
     with Shards(directory) as shards:
-        plan = _plan(shards, config)
+        plan = make_plan(shards.tensors, config)
+        if plan.findings:
+            raise CheckpointError(directory, plan.findings)
         with click.progressbar(
             length=sum(leaf.num_bytes for leaf in plan.leaves),
             label="Loading",
@@ -88,13 +80,6 @@ def read(
     if findings:
         raise CheckpointError(directory, findings)
     return Checkpoint(params, plan.weight_formats, plan.has_mtp)
-
-
-def _plan(shards: Shards, config: Config) -> Plan:
-    plan = make_plan(shards.tensors, config)
-    if plan.findings:
-        raise CheckpointError(shards.directory, plan.findings)
-    return plan
 
 
 def _read_leaf(shards: Shards, leaf: Leaf, num_experts: int) -> tuple[np.ndarray, list[str]]:

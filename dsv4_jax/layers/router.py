@@ -1,7 +1,5 @@
 """Which experts a token goes to, and with what weights."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -23,8 +21,8 @@ class Router(nnx.Module):
     def __init__(
         self,
         config: Config,
-        mode: Literal["dense", "hash"],
-        hash_weights: Literal["gathered", "uniform"] = "gathered",
+        mode: str,
+        hash_weights: str = "gathered",
     ):
         if mode not in ("dense", "hash"):
             raise ValueError(f"mode: got {mode!r}, expected 'dense' or 'hash'")
