@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)  ## continue a prompt with the bundled mini model
-	$(BIN)/dsv4 generate
+	$(BIN)/dsv4 generate < /dev/null
 
 test: lint  ## lint, types and tests on the CPU
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -71,7 +71,11 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _model_options = _options(
     click.option("--model", "source", default="mini", help="Checkpoint directory, or mini."),
-    click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Compute dtype."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        help="Compute dtype.  [default: float32 on a CPU, else the checkpoint's]",
+    ),
     click.option("--numerics", type=click.Choice(["checkpoint", "exact"]), default="checkpoint"),
 )
 

@@ -243,11 +243,11 @@ class Model:
         params: dict[tuple[Any, ...], Array] = {path: variable[...] for path, variable in flat}
         write(directory, self.config, params, tokenizer_file=self._tokenizer_file)
 
-    def generate(self, prompt: str = "", **options: Any) -> str:
+    def generate(self, prompt: str, **options: Any) -> str:
         """The continuation of a prompt; see `generate_stream`."""
         return "".join(self.generate_stream(prompt, **options))
 
-    def generate_stream(self, prompt: str = "", **options: Any) -> Iterator[str]:
+    def generate_stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Yields the continuation of a prompt in pieces of whole characters.
 
         Args:
@@ -256,10 +256,12 @@ class Model:
                 seed, stop, stop_token_ids.
 
         Raises:
-            ValueError: the model has no tokenizer, or a bad option.
+            ValueError: an empty prompt, a model without tokenizer, or a bad option.
         """
         from dsv4_jax.decoding.generate import stream_text
 
+        if not prompt:
+            raise ValueError("prompt: got an empty string, expected some text")
         return stream_text(self, prompt, **options)
 
 
@@ -276,8 +278,8 @@ def load(
     Args:
         source: a directory with config.json and safetensors files, or "mini", the bundled model.
             Without a tokenizer.json in it, `model.tokenizer` is None.
-        dtype: compute dtype, bfloat16 or float32; by default the config's torch_dtype. Weights
-            keep the dtype they are stored in.
+        dtype: compute dtype, bfloat16 or float32; by default the config's torch_dtype, on a CPU,
+            where bfloat16 is slower, float32. Weights keep the dtype they are stored in.
         numerics: where the forward pass rounds.
         mesh: devices to spread the weights over, with an automatic axis named "model".
         progress: draw a progress bar on stderr.
@@ -290,7 +292,9 @@ def load(
     if not directory.is_dir():
         raise ValueError(f"source: got {str(source)!r}, expected 'mini' or an existing directory")
     config = Config.from_json(directory)
-    compute_dtype = jnp.dtype(config.torch_dtype if dtype is None else dtype)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else config.torch_dtype
+    compute_dtype = jnp.dtype(dtype)
     if compute_dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"dtype: got {compute_dtype}, expected bfloat16 or float32")
     if mesh is not None:

@@ -218,7 +218,9 @@ def decode_step(
     """Appends one token to each of the first b sequences.
 
     Pure, like `prefill_step`. Token -1, or a slot whose sequence is empty, leaves the slot byte
-    for byte as it is; its logits are undefined.
+    for byte as it is; its logits are undefined. In a loop of your own, pass `params` through
+    `jax.lax.optimization_barrier` inside the body: else the compiler may decode packed weights
+    once, ahead of the loop, and hold all of them.
 
     Returns:
         (float32 logits [b, vocab_size], arrays)
