@@ -1,0 +1,50 @@
+"""ops.dispatch: exactly what was asked for, or the fastest that is supported."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv4_jax.ops.dispatch import dispatch
+
+
+def xla(x, scale):
+    return x * scale
+
+
+def kernel(x, scale):
+    return x * scale + 1
+
+
+def refuses(x, scale):
+    raise NotImplementedError(f"scale {scale} is not supported")
+
+
+def test_a_name_takes_exactly_that_one():
+    implementations = {"ffi": kernel, "xla": xla}
+    assert dispatch("ffi", implementations, jnp.float32(3), scale=2) == 7
+    assert dispatch("xla", implementations, jnp.float32(3), scale=2) == 6
+
+
+def test_a_kernel_asked_for_by_name_never_falls_back():
+    with pytest.raises(NotImplementedError, match="scale 2 is not supported"):
+        dispatch("ffi", {"ffi": refuses, "xla": xla}, jnp.float32(3), scale=2)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="implementation: got 'triton', expected one of 'ffi'"):
+        dispatch("triton", {"ffi": kernel, "xla": xla}, jnp.float32(3), scale=2)
+
+
+def test_without_a_name_kernels_are_for_cuda():
+    def default(x):
+        return dispatch(None, {"pallas": refuses, "ffi": kernel, "xla": xla}, x, scale=2)
+
+    traced = jax.jit(default).trace(jnp.float32(3))
+    add = "stablehlo.add"
+    assert add in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert add not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_when_kernels_refuse_the_reference_runs():
+    result = dispatch(None, {"pallas": refuses, "xla": xla}, jnp.float32(3), scale=2)
+    assert result == 6
