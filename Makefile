@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FFI_SOURCES := $(shell find ffi -name '*.txt' -o -name '*.h' -o -name '*.cc' -o -name '*.cu*')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint eval kernels sanitize clean
 
 demo: $(INSTALLED)  ## continue a prompt with the bundled mini model
 	$(BIN)/dsv4 generate < /dev/null
@@ -12,14 +14,32 @@ demo: $(INSTALLED)  ## continue a prompt with the bundled mini model
 test: lint  ## lint, types and tests on the CPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
+eval: $(INSTALLED)  ## the mini model's table of examples/mini/README.md, on the CPU
+	JAX_PLATFORMS=cpu $(BIN)/python examples/mini/evaluate.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
+kernels: $(INSTALLED)  ## compile both libraries to build/ffi, no GPU needed; report the kernels
+	command -v nvcc > /dev/null || $(PIP) -e '.[cuda-build]'
+	$(PIP) cmake ninja
+	PATH="$$PWD/$(BIN):$$PATH" cmake -S ffi -B build/ffi -G Ninja -DPython_EXECUTABLE=$(BIN)/python
+	PATH="$$PWD/$(BIN):$$PATH" cmake --build build/ffi
+	$(BIN)/python ffi/kernel_resources.py build/ffi/kernels
+
+sanitize:  ## GPU tests on small shapes under compute-sanitizer; PYTHON has jax for CUDA
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=.:ffi XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool $$tool \
+	    --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu -k 'not large and not graph' tests \
+	    || exit 1; \
+	done
+
+# Without the CUDA library, which takes minutes: that is `make kernels`.
+$(INSTALLED): pyproject.toml constraints.txt $(FFI_SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -e '.[test]' -C cmake.define.DSV4_CUDA=OFF
 	touch $@
 
 clean:

@@ -159,6 +159,52 @@ def test_gradient_is_zero():
     np.testing.assert_array_equal(jax.jit(jax.grad(loss))(w), np.zeros((2, 32)))
 
 
+def test_a_scale_per_row():
+    rng = np.random.default_rng(1)
+    w = (rng.standard_normal((2, 5, 48)) * 10.0 ** rng.uniform(-6, 6, (2, 5, 1))).astype(np.float32)
+    w[0, 3, 7], w[1, 1] = np.inf, 0
+    packed, scales, global_scale = jax.jit(nvfp4.quantize, static_argnums=1)(w, True)
+    assert global_scale.shape == (2, 5)
+    decoded = np.asarray(dequantize(packed, scales, global_scale, jnp.float32))
+    assert np.isnan(decoded[0, 3]).all()
+    for row in set(np.ndindex(2, 5)) - {(0, 3)}:
+        codes, expected_scales, expected_global, expected = formats.nvfp4(w[row][None])
+        assert float(global_scale[row]) == expected_global
+        np.testing.assert_array_equal(scale_bytes(scales)[row], expected_scales[0])
+        np.testing.assert_array_equal(np.asarray(packed)[row], formats.packed(codes)[0])
+        assert_same(decoded[row], expected[0])
+
+
+def test_a_global_scale_that_is_neither_of_matrices_nor_of_rows():
+    packed, scales, _ = quantize(jnp.ones((2, 32), jnp.float32))
+    with pytest.raises(
+        ValueError, match=r"global_scale: got shape \(3,\), expected \(\) or \(2,\)"
+    ):
+        nvfp4.dequantize(packed, scales, jnp.ones(3), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 4), (33, 5), (128, 4), (300, 13), (2, 129, 8)])
+def test_swizzle(shape):
+    """The byte offset as cuBLASLt and CUTLASS define it."""
+    scales = np.random.default_rng(0).integers(1, 255, shape, dtype=np.uint8)
+    swizzled = np.asarray(nvfp4.swizzle(jnp.asarray(scales)))
+    *batch, rows, columns = shape
+    blocks = -(-columns // 4)
+    expected = np.zeros((*batch, -(-rows // 128) * blocks * 512), np.uint8)
+    for m, s in np.ndindex(rows, columns):
+        offset = (m // 128 * blocks + s // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + s % 4
+        expected[..., offset] = scales[..., m, s]
+    np.testing.assert_array_equal(swizzled.reshape(expected.shape), expected)
+    assert swizzled.shape == (*batch, -(-rows // 128), blocks, 512)
+    np.testing.assert_array_equal(nvfp4.unswizzle(jnp.asarray(swizzled), rows, columns), scales)
+
+
+def test_unswizzle_of_other_sizes():
+    swizzled = nvfp4.swizzle(jnp.zeros((130, 5), jnp.uint8))
+    with pytest.raises(ValueError, match="swizzled: got 2 x 2 blocks, 128 rows of 5 groups have 1"):
+        nvfp4.unswizzle(swizzled, 128, 5)
+
+
 def test_incomplete_groups():
     with pytest.raises(ValueError, match="w: got width 24, expected a multiple of 16"):
         nvfp4.quantize(jnp.zeros((2, 24), jnp.float32))

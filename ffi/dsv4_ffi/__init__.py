@@ -1,0 +1,57 @@
+"""The compiled kernels and CPU handlers of DeepSeek-V4's operations, called through XLA's FFI."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dsv4_ffi.library import load, missing
+
+__all__ = ["call", "missing"]
+
+
+def call(
+    name: str,
+    result_shape_dtypes: Any,
+    *arrays: jax.Array,
+    aliases: Mapping[int, int] | None = None,
+    vmap_method: str = "sequential",
+    **attributes: Any,
+) -> Any:
+    """Calls the handler "dsv4_<name>" on the default device's platform, CPU or CUDA.
+
+    Args:
+        name: of `targets.CALLS`.
+        result_shape_dtypes: a jax.ShapeDtypeStruct, or a sequence of them for a list of results.
+        arrays: the operands, row-major.
+        aliases: {operand: result} that share memory.
+        vmap_method: as of jax.ffi.ffi_call.
+        attributes: static values; numbers as NumPy scalars of the handler's type.
+
+    Raises:
+        NotImplementedError: no usable library holds the call; says why.
+    """
+    if (reason := _obstacle(name)) is not None:
+        raise NotImplementedError(f"{name}: {reason}")
+    return jax.ffi.ffi_call(
+        f"dsv4_{name}",
+        result_shape_dtypes,
+        vmap_method=vmap_method,
+        input_output_aliases=dict(aliases or {}),
+    )(*arrays, **attributes)
+
+
+def _obstacle(name: str) -> str | None:
+    platform = _platform()
+    if platform not in ("cpu", "cuda"):
+        return f"there are handlers for CPUs and CUDA devices, not for {platform}"
+    if (reason := missing(platform)) is not None:
+        return reason
+    found = load(platform)
+    return None if name in found.calls else f"{found.path} does not hold it"
+
+
+def _platform() -> str:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    name = getattr(device, "platform", device) or jax.default_backend()
+    return "cuda" if name == "gpu" else name
