@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dsv4_jax.checkpoint import names
-from dsv4_jax.checkpoint import write as write_module
+from dsv4_jax.checkpoint import files, names
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.checkpoint.read import read
 from dsv4_jax.checkpoint.write import write
@@ -188,7 +187,7 @@ def test_failure_leaves_no_file(tmp_path, monkeypatch):
         if len(seen) == 6:
             raise OSError("no space left")
 
-    monkeypatch.setattr(write_module.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write(tmp_path, MODEL, PARAMS, max_shard_bytes=300_000)
     assert [name.endswith(".tmp") for name in seen[0]] == [True]
@@ -202,7 +201,7 @@ def test_config_comes_last(tmp_path, monkeypatch):
     def note(descriptor):
         order.append({name.removesuffix(".tmp") for name in contents(tmp_path)})
 
-    monkeypatch.setattr(write_module.os, "fsync", note)
+    monkeypatch.setattr(files.os, "fsync", note)
     write(tmp_path, MODEL, PARAMS, max_shard_bytes=300_000)
     first = next(i for i, files in enumerate(order) if "config.json" in files)
     assert order[first] == set(contents(tmp_path))

@@ -70,7 +70,7 @@ def read(
         ) as bar:
             for leaf in plan.leaves:
                 if not findings or leaf.is_scale or leaf.is_expert_table:
-                    array, problems = _read_leaf(shards, leaf, config.n_routed_experts)
+                    array, problems = read_leaf(shards, leaf, config.n_routed_experts)
                     findings += problems
                     if not findings:
                         path = leaf.part.path
@@ -82,7 +82,7 @@ def read(
     return Checkpoint(params, plan.weight_formats, plan.has_mtp)
 
 
-def _read_leaf(shards: Shards, leaf: Leaf, num_experts: int) -> tuple[np.ndarray, list[str]]:
+def read_leaf(shards: Shards, leaf: Leaf, num_experts: int) -> tuple[np.ndarray, list[str]]:
     out = _aligned_empty(leaf.shape, leaf.dtype)
     rows = out.reshape(len(leaf.sources), *leaf.part.shape)
     findings = []

@@ -65,7 +65,7 @@ class Shards:
         findings = []
         for file in files:
             try:
-                header = _read_header(file)
+                header = read_header(file)
             except (OSError, ValueError, SafetensorError) as error:
                 findings.append(f"{file.name}: {error}")
                 header = {}
@@ -127,7 +127,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The header of one file; `safe_open` checks that its tensors cover the file exactly."""
     if not file.is_file():
         raise ValueError("no such file")
