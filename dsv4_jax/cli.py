@@ -25,6 +25,7 @@ DEFAULT_PROMPT = '''class Queue:
     def __init__(self'''
 # A pipe that nobody writes to must not keep the default prompt waiting.
 STDIN_PATIENCE_SECONDS = 5.0
+MAX_LISTED = 20
 
 Command = Callable[..., Any]
 TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -94,20 +95,31 @@ def _sampling_options(
     )
 
 
-def _load(source: str, dtype: str | None, numerics: str) -> "Model":
+def _load(source: str, dtype: str | None, numerics: str, cache: str | None = None) -> "Model":
     import dsv4_jax
     from dsv4_jax.numerics import Numerics
 
-    points = getattr(Numerics, numerics.upper())
+    points: Numerics = getattr(Numerics, numerics.upper())
+    if cache is not None:
+        rounds = cache == "records"
+        points = replace(points, quantize_kv=rounds, quantize_indexer=rounds)
     return dsv4_jax.load(source, dtype=dtype, numerics=points, progress=True)
 
 
 @cli.command()
-@click.argument("source", metavar="PATH|flash|pro|mini")
+@click.argument("source", metavar="PATH|flash|pro|mini", required=False)
 @click.option("--gpus", "num_gpus", default=1, help="GPUs of the memory plan.")
 @click.option("--gpu-memory", "gpu_memory_gb", default=141.0, help="GB (10^9 bytes) of each.")
-def info(source: str, **plan: Any) -> None:
-    """Show a model's layers, parameters, bytes and a memory plan."""
+@click.option("--kernels", is_flag=True, help="Which kernels can run here, and why others cannot.")
+def info(source: str | None, kernels: bool, **plan: Any) -> None:
+    """Show a model's layers, parameters, bytes and a memory plan, or the kernels' state."""
+    if kernels:
+        from dsv4_jax.kernel_info import render as render_kernels
+
+        click.echo(render_kernels())
+        return
+    if source is None:
+        raise click.UsageError("Missing argument 'PATH|flash|pro|mini'.")
     from dsv4_jax.info import find_config, render
 
     click.echo(render(find_config(source), source, **plan))
@@ -193,26 +205,105 @@ def chat(
 
 
 @cli.command("eval")
-@click.argument("file", type=TEXT_FILE)
-@click.option("--context", type=int, help="Tokens of a window, BOS included.  [default: 1024]")
+@click.argument("files", nargs=-1, type=TEXT_FILE)
+@click.option("--context", type=int, help="Tokens of a window, BOS included.  [default: 2048]")
+@click.option(
+    "--experts",
+    type=click.Choice(["nvfp4", "mxfp4", "fp8", "bf16"]),
+    help="Convert the routed experts to this format first.",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["records", "dense"]),
+    help="Whether cached entries are rounded to their records.  [default: as --numerics]",
+)
+@click.option(
+    "--without",
+    "missing",
+    type=click.Choice(["compressed", "selection"]),
+    help="Mask the compressed attention branches, or select their entries at random.",
+)
 @_model_options
 def evaluate(
-    file: Path, context: int | None, source: str, dtype: str | None, numerics: str
+    files: tuple[Path, ...],
+    context: int | None,
+    experts: str | None,
+    cache: str | None,
+    missing: str | None,
+    source: str,
+    dtype: str | None,
+    numerics: str,
 ) -> None:
-    """Measure how well a model predicts a text file, in bits per byte."""
-    text = _decode(file.read_bytes(), str(file))
-    if not text:
-        raise click.UsageError(f"{file} is empty.")
+    """Measure how well a model predicts text files, in bits per byte.
 
+    Without FILES: the modules of Python's standard library that the mini model never saw.
+    """
+    from dsv4_jax.ablation import without
+    from dsv4_jax.checkpoint.convert import with_experts
     from dsv4_jax.decoding.evaluate import evaluate as evaluated
+    from dsv4_jax.mini.text import held_out
 
-    model = _load(source, dtype, numerics)
+    if files:
+        texts = [_decode(file.read_bytes(), str(file)) for file in files]
+        for file, text in zip(files, texts, strict=True):
+            if not text:
+                raise click.UsageError(f"{file} is empty.")
+    else:
+        texts = [document.text for document in held_out()]
+    model = _load(source, dtype, numerics, cache)
+    if experts is not None:
+        model = with_experts(model, experts)
+    if missing is not None:
+        model = without(model, missing)
     if context is None:
-        context = min(1024, model.config.max_position_embeddings)
-    result = evaluated(model, text, context)
+        context = min(2048, model.config.max_position_embeddings)
+    result = evaluated(model, texts, context)
     click.echo(f"bits per byte: {result.bits_per_byte:.4f}")
     click.echo(f"tokens: {result.num_tokens}")
-    click.echo(f"bytes: {result.num_bytes}")
+    click.echo(f"bytes: {sum(result.num_bytes)}")
+
+
+@cli.command()
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--experts",
+    type=click.Choice(["nvfp4", "mxfp4", "fp8", "bf16"]),
+    help="Format of the routed experts.  [default: as they are]",
+)
+@click.option(
+    "--linears",
+    type=click.Choice(["fp8", "bf16"]),
+    help="Format of the other packed matrices.  [default: as they are]",
+)
+def convert(source: str, target: Path, experts: str | None, linears: str | None) -> None:
+    """Write the checkpoint IN (a directory, or mini) to OUT with its weights in other formats.
+
+    Values stay the same where the format can hold them. What is interrupted continues when the
+    same command is run again.
+    """
+    from dsv4_jax.checkpoint.convert_files import REPORT_FILE
+    from dsv4_jax.checkpoint.convert_files import convert as converted
+    from dsv4_jax.model import MINI_DIRECTORY
+
+    if experts is None and linears is None:
+        raise click.UsageError("Nothing to convert: give --experts or --linears.")
+    directory = MINI_DIRECTORY if source == "mini" else Path(source)
+    try:
+        report = converted(directory, target, experts=experts, linears=linears, progress=True)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. The same command continues.", err=True)
+        raise click.Abort from None
+    click.echo(f"matrices with the same values: {report.num_exact}")
+    errors = report.relative_errors
+    click.echo(f"matrices quantised anew: {len(errors)}")
+    if errors:
+        mean, largest = sum(errors.values()) / len(errors), max(errors.values())
+        click.echo(f"relative error: mean {mean:.3g}, largest {largest:.3g}")
+        for name, error in list(errors.items())[:MAX_LISTED]:
+            click.echo(f"  {name}: {error:.3g}")
+        if len(errors) > MAX_LISTED:
+            click.echo(f"  and {len(errors) - MAX_LISTED} more, all in {target / REPORT_FILE}")
 
 
 def _prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:

@@ -246,7 +246,7 @@ def draft_logits(
         b, t = tokens.shape
         streams, _ = model.streams(tokens, [model.whole_sequence(b, t) for _ in model.layers])
         following = tokens[:, 1:]
-        hidden, _ = model.mtp[0].draft(
+        hidden, _, _ = model.mtp[0].draft(
             streams[:, :-1],
             model.embed(following, model.dtype),
             following,

@@ -13,6 +13,7 @@ from flax import nnx
 import dsv4_jax
 from dsv4_jax import cli
 from dsv4_jax.decoding import generate as generation
+from dsv4_jax.mini import text
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.text.chat import encode_messages
 from dsv4_jax.text.tokenizer import Tokenizer
@@ -224,7 +225,8 @@ def test_ctrl_c_leaves_what_a_batch_has(loaded, run, monkeypatch, tmp_path):
         (["eval", "none"], None, "'none' does not exist"),
         (["eval", "empty"], None, "empty is empty"),
         (["eval", "bad"], None, "bad is not UTF-8"),
-        (["eval"], None, "Missing argument 'FILE'"),
+        (["eval", "--without", "heads"], None, "'heads' is not one of"),
+        (["eval", "--experts", "int4"], None, "'int4' is not one of"),
         (["sing"], None, "No such command 'sing'"),
     ],
 )
@@ -326,6 +328,41 @@ def test_eval_of_a_uniform_model(loaded, run, tmp_path, tokenizer):
     expected = tokens * math.log2(tokenizer.vocab_size) / num_bytes
     assert code == 0
     assert out == f"bits per byte: {expected:.4f}\ntokens: {tokens}\nbytes: {num_bytes}\n"
+
+
+def test_eval_without_a_file_reads_the_held_out_modules(loaded, run, tokenizer, monkeypatch):
+    loaded()
+    documents = [text.Document("heapq.py", "import this\n"), text.Document("csv.py", "x = 1\n")]
+    monkeypatch.setattr(text, "held_out", lambda: documents)
+    code, out, _ = run("eval", "--context", "16")
+    assert code == 0
+    tokens = sum(len(tokenizer.encode(document.text)) for document in documents)
+    assert out.splitlines()[1:] == [f"tokens: {tokens}", "bytes: 18"]
+
+
+def test_eval_of_a_cache_format(loaded, run, tmp_path):
+    loaded()
+    (tmp_path / "text").write_text("x = 1\n")
+    for name, rounds in (("records", True), ("dense", False)):
+        for numerics in ("checkpoint", "exact"):
+            options = ("--cache", name, "--numerics", numerics, "--context", "16")
+            assert run("eval", tmp_path / "text", *options)[0] == 0
+            points = loaded.calls[-1][1]["numerics"]
+            assert points == Numerics(numerics == "checkpoint", rounds, rounds)
+
+
+def test_eval_of_a_variant(run, tmp_path):
+    """The mini model itself: what is changed shows, and formats of the same values do not."""
+    (tmp_path / "text").write_text("def parse(line):\n    return line.split()\n" * 40)
+
+    def bits(*options):
+        code, out, _ = run("eval", tmp_path / "text", "--context", "512", *options)
+        assert code == 0
+        return float(out.splitlines()[0].removeprefix("bits per byte: "))
+
+    shipped = bits()
+    assert bits("--without", "compressed") > shipped
+    assert bits("--numerics", "exact", "--experts", "bf16") == bits("--numerics", "exact")
 
 
 @pytest.mark.parametrize("context", [0, -3, 4097])

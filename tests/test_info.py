@@ -291,7 +291,7 @@ class TestPlan:
         assert fits == [left // (state_bytes(config) + 2 * block_bytes(config))]
 
     def test_window_only_model(self):
-        config = replace(Config.MINI, compress_ratios=[0] * 5)
+        config = replace(Config.MINI, compress_ratios=[0] * 6)
         lines = self.plan(config)
         assert "unlimited" in next(line for line in lines if "MXFP4 experts" in line)
         assert numbers(lines, "cache per token") == [0]
@@ -343,7 +343,7 @@ def test_sizes_that_no_record_holds():
 
 
 def test_title(texts):
-    assert texts["mini"].startswith("mini: 5 layers, hidden size 256, 4 heads of 512, 16 experts")
+    assert texts["mini"].startswith("mini: 6 layers, hidden size 256, 4 heads of 512, 16 experts")
 
 
 @pytest.mark.parametrize(

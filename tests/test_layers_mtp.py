@@ -35,7 +35,7 @@ def test_draft(num_tokens):
     module = load(MTPBlock(typed, Numerics.EXACT), below(TENSORS, "mtp.0."))
 
     def call(module, streams, embedding, ids):
-        return module.draft(streams, embedding, ids, whole_sequence(typed, *ids.shape))
+        return module.draft(streams, embedding, ids, whole_sequence(typed, *ids.shape))[:2]
 
     embedding = TENSORS["embed.weight"][next_ids]
     hidden, drafted = run(module, call, streams, embedding, next_ids)
@@ -57,7 +57,7 @@ def test_a_draft_can_be_drafted_from():
 
     def twice(module, streams, first, second, first_ids, second_ids):
         view = whole_sequence(typed, *first_ids.shape)
-        _, streams = module.draft(streams, first, first_ids, view)
+        _, streams, _ = module.draft(streams, first, first_ids, view)
         view = whole_sequence(typed, *first_ids.shape)
         return module.draft(streams, second, second_ids, view)[1]
 

@@ -34,8 +34,14 @@ class MTPBlock(Block):
         next_embedding: Float[Array, "b t d"],
         next_ids: Int[Array, "b t"],
         view: LayerView,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t n d"]]:
-        """Returns (input of the shared head, streams for a further speculative step).
+    ) -> tuple[
+        Float[Array, "b t d"],
+        Float[Array, "b t n d"],
+        tuple[Float[Array, "b t k"], Int[Array, "b t k"], Int[Array, "b t s"] | None],
+    ]:
+        """Returns (input of the shared head, streams for a further speculative step, seen).
+
+        What is seen is the block's routing, as `Block` returns it.
 
         Args:
             streams: the backbone's, before its final collapse.
@@ -44,5 +50,5 @@ class MTPBlock(Block):
         """
         embedded = self.e_proj(self.enorm(next_embedding))[..., None, :]
         mixed = embedded.astype(jnp.float32) + self.h_proj(self.hnorm(streams)).astype(jnp.float32)
-        streams, _ = self(mixed.astype(streams.dtype), next_ids, view)
-        return self.norm(self.hc_head(streams)), streams
+        streams, seen = self(mixed.astype(streams.dtype), next_ids, view)
+        return self.norm(self.hc_head(streams)), streams, seen

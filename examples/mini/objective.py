@@ -1,8 +1,8 @@
-"""What is minimised, one optimiser step, and the held-out measure; pure functions."""
+"""What is minimised and one optimiser step; pure functions."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ import numpy as np
 import optax
 from data import BOS_ID, EOS_ID
 from flax import nnx
+from indexer import TaughtIndexer
 from jax import Array
 from optimizer import Recipe
 from weights import Flat, is_trained, straight_through, unflatten
-
-from dsv4_jax.transformer import forward
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +24,7 @@ class TrainState:
     Attributes:
         params: what the gradient moves, float32.
         biases: of the scored routers, moved by their loads.
-        fixed: hash tables and the indexer.
+        fixed: hash tables.
         optimizer: its state.
         step: steps taken.
         skipped: steps whose gradient was not finite.
@@ -59,48 +58,70 @@ class Metrics:
 
     Attributes:
         loss: nats per token.
+        draft_loss: of the MTP block, nats per token.
+        divergence: of the indexers, nats per query, mean over layers.
         gradient_norm: before clipping.
         peak_load: tokens of the busiest expert of any scored layer, relative to an equal share.
     """
 
     loss: Array
+    draft_loss: Array
+    divergence: Array
     gradient_norm: Array
     peak_load: Array
 
 
-def logits_and_routing(
-    graph: nnx.GraphDef, params: nnx.State, tokens: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    """`dsv4_jax.forward` at the default matmul precision, and each layer's expert ids.
+class Losses(NamedTuple):
+    """What a batch costs, and the tokens per expert for each router bias."""
 
-    The library's own keeps every float32 product from being rounded. Gradients of bfloat16
-    products are such products, and on a GPU several times as slow as TF32 ones.
-    """
-    model = nnx.merge(graph, params)
-    views = [model.whole_sequence(*tokens.shape) for _ in model.layers]
-    streams, seen = model.streams(tokens, views)
-    return model.logits(streams), seen.router_ids
+    text: Array
+    draft: Array
+    divergence: Array
+    loads: Flat
 
 
-def loss(
-    graph: nnx.GraphDef, params: Flat, others: Flat, rows: Array, quantized: Array
-) -> tuple[Array, Flat]:
-    """(mean cross-entropy in nats, tokens per expert for each router bias among `others`).
+def losses(
+    graph: nnx.GraphDef, arrays: Flat, rows: Array, dense: Array, quantized: Array
+) -> Losses:
+    """Runs the model at the default matmul precision.
+
+    The library's own functions keep every float32 product from being rounded. Gradients of
+    bfloat16 products are such products, and on a GPU several times as slow as TF32 ones.
 
     Args:
-        params, others: all parameters; the gradient is taken in `params`.
-        rows: int32 [batch, length + 1]; each token but the first is predicted.
-        quantized: 1.0 to round the weights as they are stored, 0.0 not to.
+        rows: int32 [batch, length + 2]; the first token is only read, the last only drafted.
+        dense: 1.0 for CSA layers to attend to every entry, 0.0 to those their indexer selects.
+        quantized: 1.0 to round indexer queries and keys as they are stored, 0.0 not to.
     """
-    weights = straight_through({**params, **others}, quantized)
-    logits, expert_ids = logits_and_routing(graph, unflatten(weights), rows[:, :-1])
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+    model = nnx.merge(graph, unflatten(arrays))
+    taught = []
+    for block in model.layers:
+        if block.attn.ratio == 4:
+            block.attn.indexer = TaughtIndexer(block.attn, dense, quantized)
+            taught.append(block.attn.indexer)
+    tokens, following, after = rows[:, :-2], rows[:, 1:-1], rows[:, 2:]
+    views = [model.whole_sequence(*tokens.shape) for _ in model.layers]
+    streams, seen = model.streams(tokens, views)
+    routed = {f"layers.{i}": ids for i, ids in enumerate(seen.router_ids)}
+    draft = jnp.zeros(())
+    if model.mtp:
+        embedded = model.embed(following, model.dtype)
+        view = model.whole_sequence(*tokens.shape)
+        hidden, _, (_, ids, _) = model.mtp[0].draft(streams, embedded, following, view)
+        draft = mean_nats(model.head(hidden, jnp.float32), after)
+        routed["mtp.0"] = ids
     loads = {}
-    for name, array in others.items():
+    for name, array in arrays.items():
         if name.endswith("gate.bias"):
-            chosen = expert_ids[int(name.split(".")[1])].reshape(-1)
+            chosen = routed[".".join(name.split(".")[:2])].reshape(-1)
             loads[name] = jnp.zeros(array.shape).at[chosen].add(1.0)
-    return nats.mean(), loads
+    text = mean_nats(model.logits(streams), following)
+    divergence = sum((t.divergence for t in taught), jnp.zeros(())) / max(len(taught), 1)
+    return Losses(text, draft, divergence, loads)
+
+
+def mean_nats(logits: Array, targets: Array) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 def step(
@@ -109,15 +130,21 @@ def step(
     """One update; a step whose gradient is not finite changes nothing but the counters."""
     learning_rate, balance_rate = recipe.schedule(state.step, total_steps)
     quantized = (state.step >= recipe.quantized_from * total_steps).astype(jnp.float32)
-    (mean_nats, loads), gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)(
-        graph, state.params, {**state.biases, **state.fixed}, rows, quantized
-    )
-    norm = optax.global_norm(gradient)
+    dense = (state.step < recipe.dense_until * total_steps).astype(jnp.float32)
+    others = {**state.biases, **state.fixed}
+
+    def total(params: Flat) -> tuple[Array, Losses]:
+        weights = straight_through({**params, **others}, quantized)
+        each = losses(graph, weights, rows, dense, quantized)
+        return each.text + recipe.draft_weight * each.draft + each.divergence, each
+
+    (_, each), gradient = jax.value_and_grad(total, has_aux=True)(state.params)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     updates, optimizer = recipe.transformation().update(gradient, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
     biases = {
-        name: bias + balance_rate * jnp.sign(loads[name].mean() - loads[name])
+        name: bias + balance_rate * jnp.sign(each.loads[name].mean() - each.loads[name])
         for name, bias in state.biases.items()
     }
     params, biases, optimizer = jax.tree.map(
@@ -125,11 +152,11 @@ def step(
         (params, biases, optimizer),
         (state.params, state.biases, state.optimizer),
     )
-    peak = jnp.stack([load.max() / load.mean() for load in loads.values()]).max()
+    peak = jnp.stack([load.max() / load.mean() for load in each.loads.values()]).max()
     skipped = state.skipped + ~finite
     return (
         TrainState(params, biases, state.fixed, optimizer, state.step + 1, skipped),
-        Metrics(mean_nats, norm, peak),
+        Metrics(each.text, each.draft, each.divergence, norm, peak),
     )
 
 
@@ -156,22 +183,10 @@ def run_steps(
     """
 
     def body(state: TrainState, begin: Array) -> tuple[TrainState, Metrics]:
-        rows = stream[begin[:, None] + jnp.arange(length + 1)]
+        rows = stream[begin[:, None] + jnp.arange(length + 2)]
         return step(graph, recipe, state, rows, total_steps)
 
     return jax.lax.scan(body, state, starts)
-
-
-@jax.jit
-def text_nats(graph: nnx.GraphDef, params: nnx.State, batches: Array) -> Array:
-    """Cross-entropy summed over the text tokens of batches, int32 [n, batch, length + 1]."""
-
-    def total(rows: Array) -> Array:
-        logits = forward(graph, params, rows[:, :-1])
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-        return jnp.where(is_text(rows[:, 1:]), nats, 0.0).sum()
-
-    return jax.lax.map(total, batches).sum()
 
 
 def is_text(ids: Array | np.ndarray) -> Array | np.ndarray:

@@ -19,15 +19,19 @@ class Recipe:
         learning_rate: the peak, reached after `warmup_steps`, then linear to 0.
         weight_decay: times the learning rate.
         quantized_from: share of the steps after which weights are rounded as they are stored.
+        dense_until: share of the steps in which CSA layers attend to every entry.
+        draft_weight: of the MTP block's loss beside the model's.
         balance_rate: step of the router biases, falling like the learning rate.
     """
 
     optimizer: str = "muon"
     learning_rate: float = 6e-3
-    weight_decay: float = 0.2
+    weight_decay: float = 0.6
     warmup_steps: int = 100
     clip_norm: float = 1.0
     quantized_from: float = 0.5
+    dense_until: float = 0.4
+    draft_weight: float = 0.2
     balance_rate: float = 2e-3
 
     def schedule(self, step: Array, total_steps: Array) -> tuple[Array, Array]:

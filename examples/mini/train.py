@@ -2,8 +2,8 @@
 
     python examples/mini/train.py --minutes 8.5 --out DIR
 
-writes a checkpoint that `dsv4_jax.load(DIR)` takes, its curve, results and a sample. The text is
-the standard library of the running interpreter, or of --stdlib.
+writes a checkpoint that `dsv4_jax.load(DIR)` takes, its curve and its result. The text is the
+standard library of the running interpreter, or of --stdlib.
 """
 
 import argparse
@@ -20,32 +20,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-from data import (
-    HELD_OUT_MODULES,
-    Document,
-    collect,
-    evaluation_batches,
-    sequence_starts,
-    split,
-    token_stream,
-)
-from flax import nnx
-from objective import Metrics, TrainState, is_text, run_steps, text_nats
+from data import BOS_ID, EOS_ID, sequence_starts, token_stream
+from objective import Metrics, TrainState, run_steps
 from optimizer import Recipe
+from rename import renamed_copies
 from tokenizer import TOKENIZER_FILE
 from tokenizers import Tokenizer
-from weights import by_path, flatten, initial, packed, stored_bytes, straight_through, unflatten
+from weights import (
+    Flat,
+    by_path,
+    flatten,
+    initial,
+    packed,
+    stored_bytes,
+    straight_through,
+    unflatten,
+)
 
 import dsv4_jax
+from dsv4_jax.ablation import ABLATIONS, without
 from dsv4_jax.checkpoint.write import write
 from dsv4_jax.config import Config
+from dsv4_jax.decoding.evaluate import evaluate
+from dsv4_jax.mini.text import HELD_OUT_MODULES, Document, collect, split
+from dsv4_jax.model import Model
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.text.tokenizer import Tokenizer as ModelTokenizer
 from dsv4_jax.transformer import initialize
 
 CHECKPOINT_LIMIT_BYTES = 23_500_000
-# After the last step: storing, evaluations, loading, samples.
-CLOSING_SECONDS = 90.0
-EVALUATIONS = 12
+# After the last step: storing, loading, evaluations.
+CLOSING_SECONDS = 120.0
+EVALUATIONS = 6
+LONG_CONTEXT = 8192
 MAX_SKIPPED_STEPS = 50
 
 
@@ -99,54 +106,44 @@ def smoke_config(config: Config) -> Config:
     )
 
 
-@dataclass(frozen=True)
-class Text:
-    """One side of the split as tokens."""
-
-    documents: list[Document]
-    stream: np.ndarray
-
-    @classmethod
-    def of(cls, documents: list[Document], tokenizer: Tokenizer) -> "Text":
-        return cls(documents, token_stream(documents, tokenizer))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(document.num_bytes for document in self.documents)
-
-    @property
-    def bits_per_nat(self) -> float:
-        """Turns nats per token into bits per byte."""
-        return int(is_text(self.stream).sum()) / math.log(2) / self.num_bytes
-
-    def summary(self) -> dict[str, int]:
-        return {
-            "files": len(self.documents),
-            "bytes": self.num_bytes,
-            "tokens": len(self.stream),
-        }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
     parser.add_argument("--steps", type=int, help="number of steps, instead of what time allows")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and 40 steps")
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
-    parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
+    parser.add_argument("--config", type=Path, help="config.json of another model to train")
+    parser.add_argument("--all-sliding", action="store_true", help="window-only layers instead")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
+    parser.add_argument("--copies", type=int, default=1, help="of the text with names exchanged")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=Recipe.optimizer)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay)
     parser.add_argument("--quantized-from", type=float, default=Recipe.quantized_from)
+    parser.add_argument("--dense-until", type=float, default=Recipe.dense_until)
+    parser.add_argument("--draft-weight", type=float, default=Recipe.draft_weight)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stdlib", type=Path, help="directory of .py files to train on")
     options = parser.parse_args()
     if (options.out / "checkpoint").exists():
         parser.error(f"--out: {options.out} already holds a checkpoint")
     if options.smoke:
-        options.batch, options.length, options.steps = 4, 256, 40
+        options.batch, options.length, options.steps, options.copies = 4, 256, 40, 1
     return options
+
+
+def chosen_config(options: argparse.Namespace) -> Config:
+    config = Config.from_json(options.config) if options.config else Config.MINI
+    if options.smoke:
+        config = smoke_config(config)
+    if options.all_sliding:
+        config = replace(config, compress_ratios=(0,) * config.num_hidden_layers)
+    return config
+
+
+def num_bytes(documents: list[Document]) -> int:
+    return sum(document.num_bytes for document in documents)
 
 
 class Run:
@@ -155,60 +152,75 @@ class Run:
     def __init__(self, options: argparse.Namespace):
         self.clock = Clock(options.minutes)
         self.options = options
-        self.config = smoke_config(Config.MINI) if options.smoke else Config.MINI
+        self.config = chosen_config(options)
         self.steps_per_call = 5 if options.smoke else 20
         self.recipe = Recipe(
             optimizer=options.optimizer,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
             quantized_from=options.quantized_from,
+            dense_until=options.dense_until,
+            draft_weight=options.draft_weight,
             warmup_steps=2 * self.steps_per_call if options.smoke else 100,
         )
         self.clock.say(f"{report.environment()} {self.recipe}")
-        self.tokenizer = Tokenizer.from_file(str(TOKENIZER_FILE))
-        sides = split(collect(options.stdlib))
+        self.tokenizer = ModelTokenizer.from_file(TOKENIZER_FILE)
+        self.train, self.held_out = split(collect(options.stdlib))
         if options.smoke:
-            sides = (sides[0][:100], sides[1][-7:])
-        self.train, self.held_out = (Text.of(side, self.tokenizer) for side in sides)
-        self.clock.say(f"train {self.train.summary()}, held out {self.held_out.summary()}")
+            self.train, self.held_out = self.train[:100], self.held_out[-7:]
+        texts = [self.train, *renamed_copies(self.train, options.copies)]
+        streams = [token_stream(text, Tokenizer.from_file(str(TOKENIZER_FILE))) for text in texts]
+        self.stream = np.concatenate(streams)
+        self.bits_per_nat = (
+            int(((streams[0] != BOS_ID) & (streams[0] != EOS_ID)).sum())
+            / math.log(2)
+            / num_bytes(self.train)
+        )
+        self.clock.say(
+            f"{len(self.train)} files, {num_bytes(self.train):,} bytes, tokens with "
+            f"{options.copies} copies {len(self.stream):,}"
+        )
 
         key = jax.random.key(options.seed)
         self.graph, params = initialize(self.config, key, jnp.bfloat16, Numerics.EXACT)
-        counts = np.bincount(self.train.stream, minlength=self.config.vocab_size)
+        counts = np.bincount(streams[0], minlength=self.config.vocab_size)
         arrays = initial(self.config, flatten(params), counts, options.seed)
         self.num_params = sum(
             array.size for array in arrays.values() if jnp.issubdtype(array.dtype, jnp.floating)
         )
-        num_bytes = sum(stored_bytes(name, array.shape) for name, array in arrays.items())
-        self.clock.say(f"{self.num_params:,} parameters, {num_bytes:,} bytes as stored")
-        if num_bytes > CHECKPOINT_LIMIT_BYTES:
+        checkpoint_bytes = sum(stored_bytes(name, array.shape) for name, array in arrays.items())
+        self.clock.say(f"{self.num_params:,} parameters, {checkpoint_bytes:,} bytes as stored")
+        if checkpoint_bytes > CHECKPOINT_LIMIT_BYTES:
             raise ValueError(
-                f"Config.MINI: got {num_bytes:,} bytes, expected at most {CHECKPOINT_LIMIT_BYTES:,}"
+                f"config: got {checkpoint_bytes:,} bytes as stored, "
+                f"expected at most {CHECKPOINT_LIMIT_BYTES:,}"
             )
         self.state = TrainState.start(arrays, self.recipe)
-        self.batches = jnp.asarray(
-            evaluation_batches(self.held_out.stream, options.length, options.batch)
-        )
         self.curve = report.Curve()
         self.step = 0
 
-    def bits_per_byte(self, graph: nnx.GraphDef, params: nnx.State) -> float:
-        """Of the held-out text."""
-        nats = float(text_nats(graph, params, self.batches))
-        return nats / math.log(2) / self.held_out.num_bytes
+    def evaluate(self, model: Model, context: int | None = None) -> report.Measured:
+        """On the held-out text."""
+        context = context or self.options.length
+        batch = max(self.options.batch * self.options.length // context, 1)
+        texts = [document.text for document in self.held_out]
+        return report.Measured.of(self.held_out, evaluate(model, texts, context, batch))
 
-    def evaluate(self) -> float:
-        bits = self.bits_per_byte(self.graph, unflatten(self.state.arrays))
+    def checkpoint(self) -> None:
+        """Adds a point to the curve."""
+        bits = self.evaluate(self.model(self.state.arrays)).bits_per_byte
         self.curve.held_out.append(
             {"step": self.step, "seconds": self.clock.seconds, "bits_per_byte": bits}
         )
         self.clock.say(f"step {self.step}: held out {bits:.4f} bits per byte")
-        return bits
+
+    def model(self, arrays: Flat) -> Model:
+        return Model(self.graph, unflatten(arrays), self.tokenizer)
 
     def fit(self) -> None:
         """Trains until the steps are done, the time is up or a signal comes."""
         options, timed = self.options, self.options.steps is None
-        stream = jnp.asarray(self.train.stream)
+        stream = jnp.asarray(self.stream)
         starts = sequence_starts(len(stream), options.length, options.batch, options.seed)
         total_steps = options.steps
         steady_step, steady_seconds, evaluations = 0, 0.0, 0
@@ -236,14 +248,14 @@ class Run:
                 break
             if self.step == self.steps_per_call:
                 # Everything is compiled after this: steps and evaluations keep their pace.
-                self.evaluate()
+                self.checkpoint()
                 steady_step, steady_seconds = self.step, self.clock.seconds
                 continue
             if timed:
                 pace = (self.clock.seconds - steady_seconds) / (self.step - steady_step)
                 total_steps = self.step + max(round(seconds_left / pace), 1)
             if evaluations + 1 <= EVALUATIONS * self.step / total_steps < EVALUATIONS:
-                self.evaluate()
+                self.checkpoint()
                 evaluations += 1
 
     def record(self, metrics: Metrics, step: str, seconds_per_step: float) -> None:
@@ -251,7 +263,8 @@ class Run:
         self.curve.training.append({"step": self.step, "seconds": self.clock.seconds, **means})
         self.clock.say(
             f"step {step}: loss {means['loss']:.4f}, "
-            f"{means['loss'] * self.train.bits_per_nat:.4f} bits per byte, "
+            f"{means['loss'] * self.bits_per_nat:.4f} bits per byte, "
+            f"draft {means['draft_loss']:.3f}, divergence {means['divergence']:.3f}, "
             f"gradient {means['gradient_norm']:.3f}, busiest expert {means['peak_load']:.2f}, "
             f"{self.options.batch * self.options.length / seconds_per_step:,.0f} tokens/s"
         )
@@ -262,42 +275,52 @@ class Run:
         directory = out / "checkpoint"
         stored = jax.jit(packed)(self.state.arrays)
         write(directory, self.config, by_path(stored), tokenizer_file=TOKENIZER_FILE)
-        num_bytes = sum(file.stat().st_size for file in directory.iterdir())
-        self.clock.say(f"wrote {directory}, {num_bytes:,} bytes")
+        checkpoint_bytes = sum(file.stat().st_size for file in directory.iterdir())
+        self.clock.say(f"wrote {directory}, {checkpoint_bytes:,} bytes")
 
-        rounded_weights = unflatten(jax.jit(straight_through)(self.state.arrays, 1.0))
-        bits_per_byte = {
-            "float32 weights": self.evaluate(),
-            "stored weights": self.bits_per_byte(self.graph, rounded_weights),
+        self.checkpoint()
+        report.write_json(out / "curve.json", asdict(self.curve))
+        self.curve.draw(out / "loss.png", self.bits_per_nat)
+
+        stored = unflatten(jax.jit(straight_through)(self.state.arrays, 1.0))
+        loaded = dsv4_jax.load(directory)
+        variants = {
+            "float32 weights": self.model(self.state.arrays),
+            "stored weights": Model(self.graph, stored, self.tokenizer),
+            "loaded": loaded,
         }
+        if any(self.config.layer_ratios):
+            variants |= {f"loaded, without {part}": without(loaded, part) for part in ABLATIONS}
         result = {
             **report.environment(),
+            "python_library": report.library_version(options.stdlib),
             "command": shlex.join(["python", *sys.argv]),
-            "seconds": round(self.clock.seconds, 1),
+            "seed": options.seed,
             "steps": self.step,
             "skipped_steps": int(self.state.skipped),
             "tokens": self.step * options.batch * options.length,
             "batch": options.batch,
             "length": options.length,
+            "copies": options.copies,
             "recipe": asdict(self.recipe),
             "parameters": self.num_params,
-            "checkpoint_bytes": num_bytes,
-            "train": self.train.summary(),
-            "held_out": self.held_out.summary(),
+            "checkpoint_bytes": checkpoint_bytes,
+            "train_files": len(self.train),
+            "train_bytes": num_bytes(self.train),
+            "held_out_bytes": num_bytes(self.held_out),
             "held_out_modules": sorted(HELD_OUT_MODULES),
-            "held_out_bits_per_byte": bits_per_byte,
             "config": self.config.to_dict(),
+            "held_out": {},
         }
-        report.write_json(out / "result.json", result)
-        report.write_json(out / "curve.json", asdict(self.curve))
-        self.curve.draw(out / "loss.png", self.train.bits_per_nat)
-        self.clock.say(f"bits per byte: {bits_per_byte}")
-
-        model = dsv4_jax.load(directory)
-        bits_per_byte["loaded"] = self.bits_per_byte(model.graph, model.params)
-        report.write_json(out / "result.json", result)
-        self.clock.say(f"loaded, {model.numerics}: {bits_per_byte['loaded']:.4f} bits per byte")
-        report.write_json(out / "samples.json", report.samples(model.generate, options.seed))
+        for context in (options.length, LONG_CONTEXT):
+            for name, model in variants.items():
+                if context == LONG_CONTEXT and not name.startswith("loaded"):
+                    continue
+                measured = self.evaluate(model, context)
+                result["held_out"][f"{name}, context {context}"] = asdict(measured)
+                result["seconds"] = round(self.clock.seconds, 1)
+                report.write_json(out / "result.json", result)
+                self.clock.say(f"{name}, context {context}: {measured.bits_per_byte:.4f}")
         self.clock.say("done")
 
 

@@ -124,9 +124,8 @@ def decays(name: str, array: jax.Array) -> bool:
 
 
 def is_trained(name: str) -> bool:
-    """The loss gives hash tables, router biases and the indexer's top-k no gradient."""
-    keys = name.split(".")
-    return keys[-1] not in ("tid2eid", "bias") and "indexer" not in keys
+    """Hash tables are drawn, router biases follow the load."""
+    return name.split(".")[-1] not in ("tid2eid", "bias")
 
 
 def initial(config: Config, arrays: Flat, token_counts: np.ndarray, seed: int) -> Flat:

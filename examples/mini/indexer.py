@@ -1,0 +1,103 @@
+"""Training the indexer: its scores learn where the attention heads look.
+
+The loss of the language model gives a top-k no gradient. Beside it the indexer of each CSA layer
+is moved towards the attention that the heads give to the compressed entries: the Kullback-Leibler
+divergence from the heads' mass, summed over heads and normalised over the entries, to the softmax
+of the indexer's scores. Nothing but the indexer receives that gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dsv4_jax.cache.handle import LayerView
+from dsv4_jax.formats import indexer_key
+from dsv4_jax.layers.attention import Attention
+from dsv4_jax.layers.norms import rms_normalize
+from dsv4_jax.ops.indexer import indexer_scores
+from dsv4_jax.ops.topk import topk_select
+
+
+def rounded(x: Array, amount: Array) -> Array:
+    """x moved by `amount` (0 to 1) towards its MXFP4 value, the gradient unchanged."""
+    return x + amount.astype(x.dtype) * jax.lax.stop_gradient(indexer_key.round_trip(x) - x)
+
+
+class TaughtIndexer:
+    """Stands in for a layer's indexer while the model is trained.
+
+    Args:
+        attention: the CSA layer.
+        dense: 1.0 to select every visible entry (warm-up), 0.0 for the top k.
+        quantized: 1.0 to round queries and keys to MXFP4, 0.0 not to.
+
+    Attributes:
+        divergence: after the call, the mean over queries that see an entry, in nats.
+    """
+
+    top_k = 0  # Selection takes part however few the entries are.
+
+    def __init__(self, attention: Attention, dense: Array, quantized: Array):
+        self.attention = attention
+        self.indexer = attention.indexer
+        self.dense, self.quantized = dense, quantized
+        self.divergence = jnp.zeros(())
+
+    def compressor(self, x: Array, view: LayerView, pool: str) -> None:
+        self.indexer.compressor(jax.lax.stop_gradient(x), view, pool)
+
+    def __call__(self, x: Array, q_lora: Array, view: LayerView, visible: Array) -> Array:
+        """Ids [b, t, n] of the selected entries, -1 elsewhere."""
+        indexer, num_entries = self.indexer, visible.shape[-1]
+        mass = self.attention_mass(x, q_lora, view, visible)
+        x, q_lora = jax.lax.stop_gradient((x, q_lora))
+        q = rounded(indexer.queries(q_lora, view.chunk.positions), self.quantized)
+        keys = rounded(view.entries("csa_keys", x.dtype), self.quantized)
+        scale = (indexer.head_dim * indexer.num_heads) ** -0.5
+        scores = indexer_scores(q, keys, indexer.weights_proj(x, jnp.float32) * scale)
+        top = topk_select(jax.lax.stop_gradient(scores), min(indexer.top_k, num_entries), visible)[
+            0
+        ]
+        # With its threshold a row's selection is one comparison; ties select a little more.
+        selected = visible & ((scores >= top[..., -1:]) | (self.dense > 0))
+        self.divergence = divergence(mass, scores, selected)
+        return jnp.where(selected, jnp.arange(num_entries), -1)
+
+    def attention_mass(self, x: Array, q_lora: Array, view: LayerView, visible: Array) -> Array:
+        """What the heads give to each visible entry, summed over heads, [b, t, n] float32.
+
+        Computed from the values that the attention itself computes.
+        """
+        a = self.attention
+        positions = view.chunk.positions
+        q = a.wq_b(q_lora).reshape(*x.shape[:2], a.num_heads, a.head_dim)
+        q = a.rotary(rms_normalize(q, a.eps), positions)
+        window = view.window(
+            view.storage("csa").encode(a.rotary(a.kv_norm(a.wkv(x)), positions)), x.dtype
+        )
+        q, window, entries, sink = jax.lax.stop_gradient(
+            (q, window, view.entries("csa", x.dtype), a.sink[...])
+        )
+        scale = a.head_dim**-0.5
+        b, t, h, c = q.shape
+        groups = window.kv.shape[1]
+        near = jnp.einsum(
+            "bgthc,bgsc->bgths", q.reshape(b, groups, t // groups, h, c), window.kv
+        ).reshape(b, t, h, -1)
+        near = jnp.where(window.visible[:, :, None], near.astype(jnp.float32) * scale, -jnp.inf)
+        far = jnp.einsum("bthc,bnc->bthn", q, entries).astype(jnp.float32) * scale
+        far = jnp.where(visible[:, :, None], far, -jnp.inf)
+        total = jnp.logaddexp(jax.nn.logsumexp(near, axis=-1), sink[:, None].T)
+        total = jnp.logaddexp(total, jax.nn.logsumexp(far, axis=-1))
+        return jnp.exp(far - total[..., None]).sum(axis=2)
+
+
+def divergence(mass: Array, scores: Array, selected: Array) -> Array:
+    """KL(mass normalised over the selected || softmax of their scores), mean over queries."""
+    mass = jnp.where(selected, mass, 0.0)
+    target = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-20)
+    log_predicted = jax.nn.log_softmax(jnp.where(selected, scores, -1e9), axis=-1)
+    log_target = jnp.log(jnp.maximum(target, 1e-20))
+    per_query = (target * (log_target - log_predicted)).sum(-1)
+    sees = selected.any(-1)
+    return jnp.where(sees, per_query, 0.0).sum() / jnp.maximum(sees.sum(), 1)
