@@ -1,0 +1,280 @@
+"""The kernels of gemm for sm_90, compiled to PTX and executed on the CPU."""
+
+import functools
+import pathlib
+import re
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv4_jax.formats import tiled
+from tests.oracles import formats
+from tests.packed_weights import tile, weight_arrays
+from tests.ptx import hopper, nvrtc
+from tests.ptx.emulator import Deadlock, GlobalMemory, launch, parse
+
+pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+
+FFI = pathlib.Path(__file__).parents[2] / "ffi"
+SHARED_BYTES = 227 * 1024
+STREAM = "template __global__ void StreamGemm<{}>(const __grid_constant__ StreamParams);"
+TILED = "template __global__ void TiledGemm<{}>(const __grid_constant__ TiledParams);"
+ENUMERATORS = {
+    "mxfp4": "WeightFormat::kMxfp4",
+    "nvfp4": "WeightFormat::kNvfp4",
+    "fp8_block": "WeightFormat::kFp8Block",
+    "bf16": "WeightFormat::kBf16",
+}
+
+
+@functools.cache
+def compiled(template, name, mutant=()):
+    """A kernel; `mutant` is (file, text, replacement)."""
+    headers = {"cuda_runtime.h": "#pragma once\n", "cuda_bf16.h": "#pragma once\n"}
+    if mutant:
+        file, text, replacement = mutant
+        source = (FFI / "cuda" / file).read_text()
+        assert source.count(text) == 1
+        headers[file] = source.replace(text, replacement)
+    source = f"""
+        #include "gemm_stream.cuh"
+        #include "gemm_tiled.cuh"
+        namespace dsv4 {{ {template} }}
+    """
+    include = [FFI / "cuda", FFI / "include"]
+    text = nvrtc.compile_ptx(source, architecture="compute_90a", include=include, headers=headers)
+    (entry,) = (e for e in re.findall(r"\.entry (\w+)\(", text) if name in e)
+    return parse(text, entry)
+
+
+class Problem:
+    """Random inputs of several groups and one weight."""
+
+    def __init__(self, weight_format, num_rows, n, k, groups=1, round_input=False, f32=True):
+        rng = np.random.default_rng(num_rows)
+        x = rng.standard_normal((num_rows, groups, k))
+        x[rng.random(x.shape) < 0.3] *= 1e-3
+        self.x = x.astype(ml_dtypes.bfloat16)
+        self.groups, self.round_input, self.f32 = groups, round_input, f32
+        arrays, values = weight_arrays(weight_format, (n, k), spread=3)
+        self.weight = tile(weight_format, arrays)
+        exact = self.x.astype(np.float64).reshape(num_rows * groups, k)
+        exact = formats.fp8_rows(exact, 128)[2] if round_input else exact
+        self.expected = np.einsum(
+            "mgk,gnk->mgn",
+            exact.reshape(num_rows, groups, k),
+            values.reshape(groups, n // groups, k),
+        ).reshape(num_rows, n)
+        dtype = np.float32 if f32 else ml_dtypes.bfloat16
+        self.out = np.full((num_rows, n), np.nan, dtype)
+
+    def segment(self, memory):
+        """The bytes of a GemmSegment."""
+        weight = self.weight
+        scales = np.array(weight.scales).reshape(-1)
+        return struct.pack(
+            "<i??xxi4x4Q",
+            tiled.FORMATS.index(weight.weight_format),
+            self.round_input,
+            self.f32,
+            weight.shape[0],
+            memory.place(np.array(weight.codes).reshape(-1)),
+            memory.place(scales if scales.size else np.zeros(16, np.uint8)),
+            memory.place(np.array(weight.global_scale).reshape(1)),
+            memory.place(self.out.view(np.uint32 if self.f32 else np.uint16)),
+        )
+
+    @property
+    def error(self):
+        found = self.out.astype(np.float64)
+        return np.linalg.norm(found - self.expected) / np.linalg.norm(self.expected)
+
+    def check(self):
+        assert self.error <= (1e-6 if self.f32 else 2e-3)
+
+
+def stream(problems, warps, row_tiles, stages, unit_warps_log2, blocks, seed=0, mutant=()):
+    """Products of one input, by the kernel for few rows."""
+    num_rows, groups, k = problems[0].x.shape
+    memory = GlobalMemory()
+    segments, tiles = b"", 0
+    for problem in problems:
+        n = problem.weight.shape[0]
+        segments += problem.segment(memory) + struct.pack("<2i", n // groups, tiles)
+        tiles += -(-n // (warps * row_tiles * 16 >> unit_warps_log2))
+    used = [ENUMERATORS[f] for f in dict.fromkeys(p.weight.weight_format for p in problems)]
+    token_tiles = 1 if num_rows <= 8 else 2
+    arguments = ", ".join(map(str, (warps, row_tiles, stages, token_tiles, *used)))
+    params = struct.pack(
+        "<Q7i4x",
+        memory.place(problems[0].x.view(np.uint16).reshape(-1)),
+        num_rows,
+        groups * k,
+        k,
+        -(-k // 128),
+        tiles,
+        len(problems),
+        unit_warps_log2,
+    )
+    with hopper.instructions():
+        launch(
+            compiled(STREAM.format(arguments), "StreamGemm", mutant),
+            grid=(min(tiles, blocks),),
+            block=warps * 32,
+            arguments=[params + segments.ljust(8 * 56, b"\0")],
+            memory=memory,
+            dynamic_shared_bytes=SHARED_BYTES,
+            seed=seed,
+        )
+
+
+def tiled_product(problem, tokens, ranks=1, sharers=1, codes=False, seed=0, mutant=()):
+    """The two kernels for many rows."""
+    num_rows, groups, k = problem.x.shape
+    n = problem.weight.shape[0]
+    blocks, row_tiles = -(-k // 128), -(-num_rows // 8)
+    memory = GlobalMemory()
+    copy = np.full(row_tiles * 8 * groups * blocks * 256, 0xFF, np.uint8)
+    scales = np.full(groups * blocks * row_tiles * 8, np.nan, np.float32)
+    copies = [0, 0, 0, 0]
+    copies[2 if codes else int(problem.round_input)] = memory.place(copy)
+    copies[3] = memory.place(scales) if codes else 0
+    shape = num_rows, groups, k, blocks, row_tiles
+    x = memory.place(problem.x.view(np.uint16).reshape(-1))
+    kernel = TILED.format(f"{ENUMERATORS[problem.weight.weight_format]}, {tokens}, {int(codes)}")
+    with hopper.instructions():
+        launch(
+            compiled(kernel, "TileInputs", mutant),
+            grid=(-(-row_tiles * 8 * groups * blocks // 16),),
+            block=256,
+            arguments=[struct.pack("<Q5i4x4Q", x, *shape, *copies)],
+            memory=memory,
+            seed=seed,
+        )
+        params = struct.pack(
+            "<2Q4i?7x",
+            sum(copies[:3]),
+            copies[3],
+            num_rows,
+            row_tiles,
+            blocks,
+            n // groups,
+            sharers > 1,
+        )
+        launch(
+            compiled(kernel, "TiledGemm", mutant),
+            grid=(ranks * sharers, -(-num_rows // tokens), -(-n // (128 * sharers))),
+            block=384,
+            arguments=[problem.segment(memory) + params],
+            memory=memory,
+            cluster=ranks * sharers,
+            dynamic_shared_bytes=SHARED_BYTES,
+            seed=seed,
+        )
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "shape", "groups", "round_input", "plan"),
+    [
+        ("mxfp4", (3, 100, 672), 1, False, (16, 2, 4, 2, 2)),
+        ("nvfp4", (11, 320, 648), 1, True, (16, 4, 2, 3, 2)),
+        ("fp8_block", (13, 256, 384), 2, True, (16, 2, 2, 3, 1)),
+        ("bf16", (16, 200, 264), 1, False, (8, 2, 2, 1, 1)),
+    ],
+)
+def test_few_rows(weight_format, shape, groups, round_input, plan):
+    problem = Problem(weight_format, *shape, groups, round_input, f32=weight_format != "mxfp4")
+    stream([problem], *plan)
+    problem.check()
+
+
+def test_segments_of_several_formats():
+    problems = [
+        Problem("fp8_block", 5, 128, 392, round_input=True),
+        Problem("bf16", 5, 64, 392),
+        Problem("nvfp4", 5, 40, 392, f32=False),
+        Problem("fp8_block", 5, 192, 392),
+    ]
+    stream(problems, 16, 1, 2, 1, 3)
+    for problem in problems:
+        problem.check()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "k", "ranks", "sharers"), [(35, 160, 1, 1), (19, 672, 4, 1), (43, 1288, 1, 2)]
+)
+def test_many_rows(num_rows, k, ranks, sharers):
+    problem = Problem("mxfp4", num_rows, 130, k, round_input=True)
+    tiled_product(problem, 32, ranks, sharers)
+    problem.check()
+
+
+@pytest.mark.parametrize(("groups", "ranks", "sharers"), [(2, 2, 1), (1, 1, 2)])
+def test_products_of_codes(groups, ranks, sharers):
+    problem = Problem("fp8_block", 77, 256, 1160, groups, round_input=True, f32=False)
+    tiled_product(problem, 128, ranks, sharers, codes=True)
+    problem.check()
+
+
+MUTANTS = {
+    "a stage is read before it is filled": (
+        "gemm_stream.cuh",
+        "WaitBarrier(&shared.full[warp][from.slot], from.parity);",
+        "",
+    ),
+    "a stage is read again instead of the next": (
+        "gemm_stream.cuh",
+        "        from.Advance();",
+        "",
+    ),
+    "warps add up before all are done": (
+        "gemm_stream.cuh",
+        "      __syncthreads();\n      Finish",
+        "      Finish",
+    ),
+    "a stage is released before its products are done": (
+        "gemm_tiled.cuh",
+        "        WaitProductsExcept<1>();",
+        "        WaitProductsExcept<9>();",
+    ),
+    "a stage is filled before it is released": (
+        "gemm_tiled.cuh",
+        "      WaitBarrierOfCluster(&shared.empty[position.slot], position.parity ^ 1);",
+        "",
+    ),
+    "a stage is released to its own block only": (
+        "gemm_tiled.cuh",
+        "} else if (lane < work.sharers) {\n      ArriveInCluster(ClusterAddress(empty, lane));",
+        "} else if (lane < work.sharers) {\n      Arrive(empty);",
+    ),
+    "blocks add up before all are done": (
+        "gemm_tiled.cuh",
+        "    if (ranks > 1) {\n      SyncCluster();",
+        "    if (ranks > 1) {\n      SyncThreads(kConsumerBarrier, kConsumerThreads);",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_mutants(mutant):
+    def error(seed):
+        if mutant[0] == "gemm_stream.cuh":
+            problem = Problem("mxfp4", 3, 128, 1280)
+            stream([problem], 16, 2, 4, 2, 1, seed, mutant)
+        else:
+            problem = Problem("mxfp4", 19, 130, 2304)
+            adds_up = "SyncCluster" in mutant[1]
+            clusters = {"ranks": 2} if adds_up else {"sharers": 2}
+            tiled_product(problem, 32, **clusters, seed=seed, mutant=mutant)
+        return problem.error
+
+    assert any(_fails(error, seed) for seed in range(3))
+
+
+def _fails(error, seed):
+    try:
+        return not error(seed) <= 1e-6
+    except (Deadlock, RuntimeError):
+        return True
