@@ -1,7 +1,5 @@
 """Gated feed-forward experts: routed and shared."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -9,17 +7,8 @@ from dsv4_jax.config import Config
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.layers.router import Router
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.grouped import route_plan, tile_size
+from dsv4_jax.ops.experts import Projection, clamped_swiglu, experts_in_tiles
 from dsv4_jax.ops.product import product
-
-
-def clamped_swiglu(
-    gate: Float[Array, "*batch f"], up: Float[Array, "*batch f"], limit: float
-) -> Float[Array, "*batch f"]:
-    """silu(min(gate, limit)) · clamp(up, -limit, limit), float32; gate has no lower clamp."""
-    gate = jnp.minimum(gate.astype(jnp.float32), limit)
-    up = jnp.clip(up.astype(jnp.float32), -limit, limit)
-    return jax.nn.silu(gate) * up
 
 
 class SharedExpert(nnx.Module):
@@ -57,29 +46,24 @@ class RoutedExperts(nnx.Module):
     ) -> Float[Array, "n d"]:
         """Σ_k expert_{id_k}(x; weight_k), float32; rows that are not valid give 0.
 
-        The routing weight multiplies before w2. Rows are sorted by expert, groups padded to
-        tiles, and each projection is one batched product over the tiles.
+        The routing weight multiplies before w2.
         """
-        num_tokens, d = x.shape
-        top_k = weights.shape[1]
-        num_rows = num_tokens * top_k
-        tile = tile_size(num_rows, self.num_experts)
-        plan = route_plan(expert_ids.reshape(-1), jnp.repeat(valid, top_k), self.num_experts, tile)
 
-        def project(linear: Linear, tiles: Array) -> Array:
-            a, w = linear.operands(tiles, index=plan.tile_expert)
-            y = product("gti,goi->gto", a, w)
-            return y.astype(x.dtype)
+        def project(linear: Linear) -> Projection:
+            def of_tiles(tiles: Array, tile_expert: Array) -> Array:
+                return product("gti,goi->gto", *linear.operands(tiles, index=tile_expert))
 
-        # Empty slots hold row num_rows, the zero row appended to tokens and weights.
-        slots = plan.row_of_slot.reshape(-1, tile)
-        tiles = jnp.concatenate([x, jnp.zeros((1, d), x.dtype)])[slots // top_k]
-        tile_weights = jnp.append(weights.reshape(-1), 0.0)[slots]
-        hidden = clamped_swiglu(project(self.w1, tiles), project(self.w3, tiles), self.limit)
-        hidden = (hidden * tile_weights[..., None]).astype(x.dtype)
-        y = project(self.w2, hidden).reshape(-1, d)
-        y = jnp.concatenate([y, jnp.zeros((1, d), y.dtype)])[plan.slot_of_row]
-        return y.reshape(num_tokens, top_k, d).astype(jnp.float32).sum(axis=1)
+            return of_tiles
+
+        return experts_in_tiles(
+            x,
+            weights,
+            expert_ids,
+            valid,
+            (project(self.w1), project(self.w3), project(self.w2)),
+            num_experts=self.num_experts,
+            limit=self.limit,
+        )
 
 
 class MoE(nnx.Module):
@@ -100,5 +84,5 @@ class MoE(nnx.Module):
         routed = self.experts(
             x.reshape(b * t, d), weights.reshape(-1, k), ids.reshape(-1, k), valid.reshape(-1)
         )
-        y = routed.reshape(b, t, d) + self.shared_experts(x).astype(jnp.float32)
+        y = routed.reshape(b, t, d) + self.shared_experts(x).astype(routed.dtype)
         return y.astype(x.dtype), weights, ids
