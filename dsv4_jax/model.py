@@ -237,9 +237,13 @@ class Model:
             directory: absent or empty.
 
         Raises:
-            ValueError: the directory is not empty.
+            ValueError: the directory is not empty, or the model was loaded with kernels=True.
         """
         flat = nnx.to_flat_state(self.params)
+        if any(path[-1] == "blocks" for path, _ in flat):
+            raise ValueError(
+                "kernels: the weights are in kernels' blocks; load without them to save"
+            )
         params: dict[tuple[Any, ...], Array] = {path: variable[...] for path, variable in flat}
         write(directory, self.config, params, tokenizer_file=self._tokenizer_file)
 
@@ -271,6 +275,7 @@ def load(
     dtype: DTypeLike | None = None,
     numerics: Numerics = Numerics.CHECKPOINT,
     mesh: jax.sharding.Mesh | None = None,
+    kernels: bool = False,
     progress: bool = False,
 ) -> Model:
     """Reads a checkpoint onto the devices.
@@ -282,10 +287,12 @@ def load(
             where bfloat16 is slower, float32. Weights keep the dtype they are stored in.
         numerics: where the forward pass rounds.
         mesh: devices to spread the weights over, with an automatic axis named "model".
+        kernels: keep packed and bfloat16 weights in the blocks that the GEMM and MoE kernels read.
+            XLA decodes them where a kernel does not run. Such a model cannot be saved.
         progress: draw a progress bar on stderr.
 
     Raises:
-        ValueError: no such directory, a bad config, dtype or mesh.
+        ValueError: no such directory, a bad config, dtype or mesh, kernels over a mesh.
         CheckpointError: a ValueError that lists everything that is wrong with the tensors.
     """
     directory = MINI_DIRECTORY if source == "mini" else Path(source)
@@ -299,6 +306,8 @@ def load(
         raise ValueError(f"dtype: got {compute_dtype}, expected bfloat16 or float32")
     if mesh is not None:
         check_mesh(mesh)
+        if kernels:
+            raise ValueError("kernels: got True with a mesh; the kernels run on one device")
 
     def place(path: tuple[str | int, ...], array: np.ndarray) -> Array:
         return jax.device_put(array, mesh and param_sharding(mesh, path, array.shape))
@@ -315,9 +324,19 @@ def load(
     params = nnx.from_flat_state(
         [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(declared)]
     )
+    if kernels:
+        del checkpoint, arrays  # each weight is freed once its blocks are there
+        graph, params = _tiled(nnx.merge(graph, params))
     tokenizer_file = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
     return Model(graph, params, tokenizer, mesh, tokenizer_file if tokenizer else None)
+
+
+def _tiled(modules: Transformer) -> tuple[nnx.GraphDef, nnx.State]:
+    for _, module in nnx.iter_modules(modules):
+        if isinstance(module, Linear):
+            module.tile()
+    return nnx.split(modules)
 
 
 def _chunks(num_tokens: int) -> Iterator[tuple[int, int]]:

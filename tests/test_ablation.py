@@ -10,7 +10,7 @@ from dsv4_jax.ablation import without
 
 @pytest.fixture(scope="module")
 def mini():
-    return dsv4_jax.load("mini", dtype=jnp.float32, numerics=dsv4_jax.Numerics.EXACT)
+    return dsv4_jax.load("mini", dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,12 @@ def test_windows_reach_back_no_further_than_their_layers(mini, tokens):
     reach = mini.config.num_hidden_layers * (mini.config.sliding_window - 1)
     changed = tokens.copy()
     changed[0, : tokens.shape[1] - 1 - reach] += 1
-    assert np.array_equal(last_logits(masked, tokens), last_logits(masked, changed))
-    assert not np.array_equal(last_logits(mini, tokens), last_logits(mini, changed))
+    before, after = last_logits(masked, tokens), last_logits(masked, changed)
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-4)
+    assert np.abs(last_logits(mini, tokens) - last_logits(mini, changed)).max() > 0.1
     changed = tokens.copy()
     changed[0, -2] += 1
-    assert not np.array_equal(last_logits(masked, tokens), last_logits(masked, changed))
+    assert np.abs(last_logits(masked, changed) - before).max() > 0.1
 
 
 def test_random_selection_takes_as_many_visible_entries(mini, tokens):
@@ -52,16 +53,10 @@ def test_random_selection_takes_as_many_visible_entries(mini, tokens):
 
 
 def test_the_model_stays_as_it_is(mini, tokens):
-    before = last_logits(mini, tokens[:, :200])
+    before = last_logits(mini, tokens)
     for part in ("compressed", "selection"):
         without(mini, part)
-    assert np.array_equal(last_logits(mini, tokens[:, :200]), before)
-
-
-def test_a_model_without_a_part_generates(mini):
-    for part in ("compressed", "selection"):
-        text = without(mini, part).generate("def main(", max_new_tokens=3, temperature=0.0)
-        assert isinstance(text, str)
+    assert np.array_equal(last_logits(mini, tokens), before)
 
 
 def test_unknown_part(mini):

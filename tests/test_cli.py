@@ -353,16 +353,16 @@ def test_eval_of_a_cache_format(loaded, run, tmp_path):
 
 def test_eval_of_a_variant(run, tmp_path):
     """The mini model itself: what is changed shows, and formats of the same values do not."""
-    (tmp_path / "text").write_text("def parse(line):\n    return line.split()\n" * 40)
+    (tmp_path / "text").write_text("def parse(line):\n    return line.split()\n" * 20)
 
     def bits(*options):
-        code, out, _ = run("eval", tmp_path / "text", "--context", "512", *options)
+        code, out, _ = run("eval", tmp_path / "text", "--context", "256", *options)
         assert code == 0
         return float(out.splitlines()[0].removeprefix("bits per byte: "))
 
     shipped = bits()
     assert bits("--without", "compressed") > shipped
-    assert bits("--numerics", "exact", "--experts", "bf16") == bits("--numerics", "exact")
+    assert bits("--experts", "nvfp4") == shipped
 
 
 @pytest.mark.parametrize("context", [0, -3, 4097])

@@ -168,7 +168,9 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="weight: got a stack"):
         gemm(inputs((1, 128)), stack)
     with pytest.raises(ValueError, match="weight: got 64 outputs"):
-        grouped_gemm(inputs((1, 2, 128)), weight)
+        grouped_gemm(inputs((1, 3, 128)), weight)
+    with pytest.raises(NotImplementedError, match="multiple of 128 outputs"):
+        grouped_gemm(inputs((1, 2, 128)), weight, implementation="ffi")
     with pytest.raises(ValueError, match="segments: got 0"):
         projections(inputs((1, 128)), [])
     odd = tile("bf16", weight_arrays("bf16", (64, 12))[0])

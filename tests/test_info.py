@@ -326,7 +326,7 @@ def test_sizes_follow_the_config():
     # 256 FP8 channels, 64 BF16, 8 bytes of scales; 32 bytes of E2M1, 2 scales; 64 FP8, 1 float.
     assert numbers(lines, "bytes of an entry") == [392, 392, 640]
     assert numbers(lines, "bytes of an indexer key") == [34, 68, 128]
-    assert numbers(lines, "window rings")[:3] == [5, 96, 5 * 96 * 392]
+    assert numbers(lines, "window rings")[:3] == [6, 96, 6 * 96 * 392]
     assert numbers(lines, "CSA entries")[:3] == [2, 250, 2 * 250 * 392]
     assert numbers(lines, "HCA entries")[:3] == [2, 7, 2 * 7 * 392]
     tails = section(render(config, "other"), "Compressor tails")

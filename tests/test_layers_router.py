@@ -1,10 +1,12 @@
 """Routing against the oracle."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv4_jax.config import Config
+from dsv4_jax.formats import nvfp4
 from dsv4_jax.layers.router import Router
 from dsv4_jax.ops.topk import topk_select
 from tests.checkpoints import random_config
@@ -140,12 +142,74 @@ def test_uniform_hash_weights():
     np.testing.assert_allclose(weights, FACTOR / K, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["dense", "hash"])
+def test_bfloat16_operands(mode):
+    """Both operands rounded, whatever they are stored as."""
+    gate = dense_gate() if mode == "dense" else hash_gate()
+    x = normal(1, 30, D)
+    token_ids = np.random.default_rng(4).integers(0, CONFIG["vocab_size"], (1, 30))
+    weights, ids = routed(gate, x, token_ids, operands="bfloat16")
+    rounded = gate | {"weight": np.asarray(jnp.asarray(gate["weight"], jnp.bfloat16), np.float32)}
+    x = np.asarray(jnp.asarray(x[0], jnp.bfloat16), np.float64)
+    expected = route(x, token_ids[0], float64(rounded), CONFIG)
+    assert expected.margin > 1e-5
+    np.testing.assert_array_equal(ids[0], expected.ids)
+    assert_close(weights[0], expected.weights)
+
+
+@pytest.mark.parametrize("mode", ["dense", "hash"])
+def test_a_packed_gate(mode):
+    gate = dense_gate() if mode == "dense" else hash_gate()
+    module = load(Router(Config.from_dict(CONFIG), mode, operands="nvfp4"), gate)
+    module.quantize_gate()
+    x = normal(1, 30, D)
+    token_ids = np.random.default_rng(4).integers(0, CONFIG["vocab_size"], (1, 30))
+    weights, ids = run(module, Router.__call__, x, token_ids)
+    packed = nvfp4.quantize(jnp.asarray(gate["weight"], jnp.bfloat16))
+    decoded = gate | {"weight": np.asarray(nvfp4.dequantize(*packed, jnp.float32))}
+    x = np.asarray(jnp.asarray(x[0], jnp.bfloat16), np.float64)
+    expected = route(x, token_ids[0], float64(decoded), CONFIG)
+    assert expected.margin > 1e-5
+    np.testing.assert_array_equal(ids[0], expected.ids)
+    assert_close(weights[0], expected.weights)
+
+
+def test_only_a_packed_gate_is_packed():
+    module = load(Router(Config.from_dict(CONFIG), "dense"), dense_gate())
+    with pytest.raises(ValueError, match="operands: got 'stored', quantize_gate expects 'nvfp4'"):
+        module.quantize_gate()
+
+
+def test_the_implementation_is_passed_on():
+    module = load(Router(Config.from_dict(CONFIG), "dense", implementation="ffi"), dense_gate())
+    with pytest.raises(NotImplementedError, match="x in bfloat16, not float32"):
+        module(jnp.zeros((1, 2, D)), jnp.zeros((1, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("mode", ["dense", "hash"])
+def test_warmup_leaves_nothing_to_compile(mode, caplog):
+    gate = dense_gate() if mode == "dense" else hash_gate()
+    module = load(Router(Config.from_dict(CONFIG), mode), gate)
+    module.warmup([3], jnp.float32)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        module(jnp.ones((1, 3, D)), jnp.ones((1, 3), jnp.int32))
+    assert "Compiling" not in caplog.text
+
+
+def test_hash_routing_masks_ids_outside_the_table():
+    gate, x = hash_gate(), normal(1, 3, D)
+    weights, ids = routed(gate, x, np.array([[5, -1, CONFIG["vocab_size"]]]))
+    np.testing.assert_array_equal(ids[0], [gate["tid2eid"][5], [-1] * K, [-1] * K])
+    np.testing.assert_array_equal(weights[0, 1:], np.zeros((2, K)))
+
+
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
         ({"mode": "sparse"}, "mode"),
         ({"mode": "hash", "hash_weights": "equal"}, "hash_weights"),
         ({"mode": "dense", "hash_weights": "uniform"}, "hash_weights"),
+        ({"mode": "dense", "operands": "float16"}, "operands"),
     ],
 )
 def test_bad_options_are_refused(options, argument):

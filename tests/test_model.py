@@ -166,7 +166,7 @@ def test_cache_formats_of_mini_agree(mini, cache_format):
     cache = mini.new_cache(max_sequences=1, max_tokens=256, cache_format=cache_format)
     assert cache.memory_bytes() == sum(x.nbytes for x in jax.tree.leaves(cache.arrays))
     entry_bytes = {"dense": 512 * mini.dtype.itemsize, "records": 584}[cache_format]
-    assert sum(x.nbytes for x in cache.arrays.window) == 5 * 128 * entry_bytes
+    assert sum(x.nbytes for x in cache.arrays.window) == 6 * 128 * entry_bytes
     ids = np.array([[0, *mini.tokenizer.encode("import os\n" * 20)]])
     logits, _ = mini.prefill(cache, ids, np.array([ids.shape[1]]))
     whole = np.asarray(mini.forward(ids))[:, -1]

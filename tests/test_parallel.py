@@ -1,5 +1,6 @@
 """A model on a mesh computes what it computes on one device."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_two_devices_agree_with_one():
         env={
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": str(golden.parents[2]),
+            "PYTHONPATH": f"{golden.parents[2]}{os.pathsep}{golden.parents[2] / 'ffi'}",
         },
     )
 

@@ -14,7 +14,6 @@ from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.attention import Source, attention
-from dsv4_jax.ops.product import product
 
 # Up to this many entries per selected one, masking all entries is cheaper than gathering the
 # selected ones for every query of a chunk.
@@ -99,7 +98,4 @@ class Attention(nnx.Module):
     def _project_out(self, o: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
         """Heads in consecutive groups, each through its own low-rank matrix, then one to d."""
         b, t = o.shape[:2]
-        grouped = o.reshape(b, t, self.num_groups, -1)
-        w = self.wo_a.decoded(o.dtype).reshape(self.num_groups, -1, grouped.shape[-1])
-        low = product("btgi,goi->btgo", grouped, w)
-        return self.wo_b(low.astype(o.dtype).reshape(b, t, -1))
+        return self.wo_b(self.wo_a.grouped(o.reshape(b, t, self.num_groups, -1)))

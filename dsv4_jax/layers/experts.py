@@ -7,7 +7,12 @@ from dsv4_jax.config import Config
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.layers.router import Router
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.experts import Projection, clamped_swiglu, experts_in_tiles
+from dsv4_jax.ops.experts import (
+    Projection,
+    clamped_swiglu,
+    experts_in_tiles,
+    routed_experts,
+)
 from dsv4_jax.ops.product import product
 
 
@@ -48,6 +53,20 @@ class RoutedExperts(nnx.Module):
 
         The routing weight multiplies before w2.
         """
+        if self.w1.is_tiled:
+            w1, w3, w2 = (linear.blocks.get_value() for linear in (self.w1, self.w3, self.w2))
+            rounds_input = self.w1.rounds_input
+            return routed_experts(
+                x,
+                weights,
+                expert_ids,
+                valid,
+                w1,
+                w3,
+                w2,
+                limit=self.limit,
+                round_input=rounds_input,
+            )
 
         def project(linear: Linear) -> Projection:
             def of_tiles(tiles: Array, tile_expert: Array) -> Array:

@@ -1,14 +1,26 @@
 """One linear layer for every weight format."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv4_jax.formats import fp8_block, mxfp4, nvfp4
+from dsv4_jax.formats import fp8_block, mxfp4, nvfp4, tiled
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.gemm import gemm, grouped_gemm
 from dsv4_jax.ops.product import product
+
+# How a weight of each format is put into the kernels' blocks, and the parameters it takes.
+_TILINGS: dict[str, tuple[Callable[..., tiled.TiledWeight], tuple[str, ...]]] = {
+    "float": (tiled.tile_bf16, ("weight",)),
+    "fp8_block": (tiled.tile_fp8_block, ("weight", "scale")),
+    "mxfp4": (tiled.tile_mxfp4, ("weight", "scale")),
+    "nvfp4": (tiled.tile_nvfp4, ("weight", "scale", "scale_2")),
+}
 
 
 class Linear(nnx.Module):
@@ -18,6 +30,8 @@ class Linear(nnx.Module):
     per 128 x 128 block), "mxfp4" (E2M1 pairs with a power-of-two scale per 32 inputs) or "nvfp4"
     (E2M1 pairs, E4M3 scale per 16 inputs, float32 scale per matrix). A packed weight has its
     input quantised (Q1) when `numerics` says so. `stack` puts leading axes before [out, in].
+    After `tile` the weight is one parameter `blocks` instead, and products run on kernels where
+    there are some.
     """
 
     def __init__(
@@ -54,6 +68,31 @@ class Linear(nnx.Module):
                 )
         self.weight_format = weight_format
 
+    def tile(self) -> None:
+        """Puts the weight into the blocks that kernels read; float32 weights stay as they are."""
+        tile, names = _TILINGS[self.weight_format]
+        arrays = [getattr(self, name)[...] for name in names]
+        if self.weight_format == "float" and arrays[0].dtype != jnp.bfloat16:
+            return
+
+        @jax.jit
+        def each(*arrays: Array) -> tiled.TiledWeight:
+            # One matrix of a stack at a time: unpacked codes take several times the room.
+            return jax.lax.map(lambda one: tile(*one), arrays) if self.stack else tile(*arrays)
+
+        for name in names:
+            delattr(self, name)
+        self.blocks = nnx.Param(each(*arrays))
+
+    @property
+    def is_tiled(self) -> bool:
+        return hasattr(self, "blocks")
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether the input is quantised first (Q1)."""
+        return self.weight_format != "float" and self.quantize_activations
+
     def decoded(self, dtype: DTypeLike, index: Int[Array, "n"] | None = None) -> Array:
         """The weight [*stack, out, in] in `dtype`; with `index`, these rows of the stack.
 
@@ -89,7 +128,7 @@ class Linear(nnx.Module):
         dtype = x.dtype
         if self.weight_format == "float" and out_dtype is not None:
             dtype = jnp.promote_types(dtype, self.weight[...].dtype)
-        if self.weight_format != "float" and self.quantize_activations:
+        if self.rounds_input:
             x = fp8_block.round_trip(x)
         return x.astype(dtype), self.decoded(dtype, index)
 
@@ -97,5 +136,19 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch i"], out_dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch o"]:
         """x Wᵀ accumulated in float32, returned in x's dtype or `out_dtype`."""
+        if self.is_tiled:
+            blocks = self.blocks.get_value()
+            return gemm(x, blocks, round_input=self.rounds_input, out_dtype=out_dtype)
         a, w = self.operands(x, out_dtype)
         return product("...i,oi->...o", a, w).astype(out_dtype or x.dtype)
+
+    def grouped(self, x: Float[Array, "*batch groups i"]) -> Float[Array, "*batch o"]:
+        """Block-diagonal product: each group of inputs gives its share of the outputs.
+
+        The input is never quantised; the result has its dtype.
+        """
+        if self.is_tiled:
+            return grouped_gemm(x, self.blocks.get_value())
+        *batch, num_groups, width = x.shape
+        w = self.decoded(x.dtype).reshape(num_groups, -1, width)
+        return product("...gi,goi->...go", x, w).astype(x.dtype).reshape(*batch, -1)

@@ -61,7 +61,7 @@ def grouped_gemm(
 ) -> Float[Array, "*batch n"]:
     """Block-diagonal product: outputs [i n / groups, (i + 1) n / groups) are those of x[..., i, :].
 
-    As `projections` otherwise; n is a multiple of 128 groups.
+    As `projections` otherwise; for "ffi" a group's outputs are a multiple of 128.
     """
     return _run(x, [Segment(weight, False, out_dtype)], implementation)[0]
 
@@ -107,10 +107,9 @@ def _run(x: Array, segments: Sequence[Segment], implementation: str | None) -> t
             raise ValueError(
                 f"x: got width {k}, segments[{index}].weight has {weight.shape[1]} inputs"
             )
-        if num_groups > 1 and weight.shape[0] % (num_groups * _GROUP_ROWS):
+        if weight.shape[0] % num_groups:
             raise ValueError(
-                f"weight: got {weight.shape[0]} outputs, expected a multiple of "
-                f"{_GROUP_ROWS} x {num_groups} groups"
+                f"weight: got {weight.shape[0]} outputs, expected a multiple of {num_groups} groups"
             )
     weights = [weight for weight, _, _ in segments]
     outputs = dispatch(
@@ -144,6 +143,11 @@ def _ffi(
     num_rows, num_groups, k = x.shape
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"gemm: the kernel takes bfloat16 inputs, not {x.dtype}")
+    if num_groups > 1 and weights[0].shape[0] % (num_groups * _GROUP_ROWS):
+        raise NotImplementedError(
+            f"gemm: the kernel's groups have a multiple of {_GROUP_ROWS} outputs, "
+            f"not {weights[0].shape[0]} / {num_groups}"
+        )
     if k % 8:
         raise NotImplementedError(f"gemm: the kernel's width is a multiple of 8, not {k}")
     copies = len(set(rounded)) if num_rows > _MAX_STREAMED_ROWS else 0
