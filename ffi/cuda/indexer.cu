@@ -7,6 +7,7 @@
 // from which every block takes an equal part.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dsv4/indexer.h"
 #include "indexer_keys.cuh"
@@ -20,7 +21,6 @@ constexpr int kTileKeys = 64;
 constexpr int kMaxTokens = 4;  // queries that share a decoded key
 constexpr int kPrefetch = 2;   // tiles under way from memory
 constexpr int kMaxItems = 8192;
-constexpr int kBlocksPerSm = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Arguments {
@@ -200,8 +200,12 @@ __device__ __forceinline__ void ScoreTile(const KeyFragment<Mma>& keys,
   }
 }
 
+// Bfloat16 operands take more registers than four blocks would leave.
+template <typename Mma>
+constexpr int kBlocksPerSm = std::is_same_v<Mma, MmaBf16> ? 3 : 4;
+
 template <typename Mma, typename Key>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Mma>)
     ScoreKeys(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<Mma>*>(memory);

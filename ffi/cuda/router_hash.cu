@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kHalves * kMaxTopK * kWarp, 1)
     int expert = p.table[int64_t{token_id} * p.top_k + rank];
     const uint16_t* x = p.x + token * p.width;
     float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 4
     for (int column = (half * kWarp + lane) * 8; column < p.width; column += kHalves * kWarp * 8) {
       sum += Dot(__ldg(reinterpret_cast<const uint4*>(x + column)), gate.Load8(expert, column));
     }
