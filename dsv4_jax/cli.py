@@ -129,7 +129,7 @@ def info(source: str | None, kernels: bool, **plan: Any) -> None:
 @click.option("--prompt", help="Text to continue; by default what is piped in, or a little Python.")
 @click.option("--prompts-file", type=TEXT_FILE, help="A prompt on each line; prints JSON lines.")
 @_model_options
-@_sampling_options(temperature=0.7, top_p=0.95, max_new_tokens=256)
+@_sampling_options(temperature=0.8, top_p=0.9, max_new_tokens=256)
 def generate(
     prompt: str | None,
     prompts_file: Path | None,

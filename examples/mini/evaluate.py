@@ -12,7 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import report
+from flax import nnx
+from jax import Array
 from probes import (
     draft_acceptance,
     expert_load,
@@ -28,6 +31,7 @@ import dsv4_jax
 from dsv4_jax.ablation import without
 from dsv4_jax.checkpoint.convert import with_experts
 from dsv4_jax.decoding.evaluate import Evaluation, evaluate
+from dsv4_jax.layers.linear import Linear
 from dsv4_jax.mini.text import collect, split
 from dsv4_jax.model import Model
 from dsv4_jax.numerics import Numerics
@@ -39,6 +43,7 @@ PROMPTS = (
     '"""Read and write configuration files."""\n\nimport os\n\ndef read_lines(path',
     "import unittest\n\nclass StackTest(unittest.TestCase):\n\n    def setUp(self",
 )
+NVFP4 = "NVFP4 experts"
 BF16_CACHE = replace(Numerics.CHECKPOINT, quantize_kv=False, quantize_indexer=False)
 
 
@@ -54,7 +59,7 @@ def variants(source: str) -> dict[str, tuple[str, Model]]:
         "no rounding but the weights'": ("--numerics exact", load("float32", Numerics.EXACT)),
         "BF16 compute": ("--dtype bfloat16", load("bfloat16", Numerics.CHECKPOINT)),
         "BF16 cache": ("--cache dense", load("float32", BF16_CACHE)),
-        "NVFP4 experts": ("--experts nvfp4", with_experts(shipped, "nvfp4")),
+        NVFP4: ("--experts nvfp4", with_experts(shipped, "nvfp4")),
     }
     if any(shipped.config.layer_ratios):
         rows |= {
@@ -62,6 +67,18 @@ def variants(source: str) -> dict[str, tuple[str, Model]]:
             "entries selected at random": ("--without selection", without(shipped, "selection")),
         }
     return rows
+
+
+def same_values(model: Model, other: Model) -> bool:
+    """Whether all packed weights stand for the same numbers; then so do all results."""
+
+    def weights(model: Model) -> list[Array]:
+        modules = nnx.iter_modules(nnx.merge(model.graph, model.params))
+        packed = [m for _, m in modules if isinstance(m, Linear) and m.weight_format != "float"]
+        return [linear.decoded(jnp.float32) for linear in packed]
+
+    pairs = zip(weights(model), weights(other), strict=True)
+    return all(bool((ours == theirs).all()) for ours, theirs in pairs)
 
 
 def main() -> None:
@@ -95,16 +112,17 @@ def main() -> None:
         result["held_out"][f"{name}, context {evaluation.context}"] = asdict(measured)
 
     rows = variants(options.model)
-    for name, (arguments, model) in rows.items():
-        evaluation = evaluate(model, texts, CONTEXT)
-        row(name, arguments, evaluation)
-        result["recall"][name] = recall(evaluation, places)
-    for name in [n for n in ("shipped", "without compressed entries") if n in rows]:
-        arguments, model = rows[name]
-        evaluation = evaluate(model, texts, LONG_CONTEXT)
-        row(name, f"{arguments} --context {LONG_CONTEXT}".strip(), evaluation)
-
     shipped = rows["shipped"][1]
+    evaluations: dict[str, Evaluation] = {}
+    for name, (arguments, model) in rows.items():
+        if name == NVFP4 and same_values(shipped, model):
+            evaluations[name] = evaluations["shipped"]
+        else:
+            evaluations[name] = evaluate(model, texts, CONTEXT)
+        row(name, arguments, evaluations[name])
+        result["recall"][name] = recall(evaluations[name], places)
+    row("shipped", f"--context {LONG_CONTEXT}", evaluate(shipped, texts, LONG_CONTEXT))
+
     windows = first_windows(shipped, held_out, CONTEXT)
     result["expert_load"] = expert_load(shipped, windows)
     for layer, load in enumerate(result["expert_load"]):
