@@ -238,10 +238,9 @@ def evaluate(
 
     Without FILES: the modules of Python's standard library that the mini model never saw.
     """
-    from dsv4_jax.ablation import without
-    from dsv4_jax.checkpoint.convert import with_experts
     from dsv4_jax.decoding.evaluate import evaluate as evaluated
     from dsv4_jax.mini.text import held_out
+    from dsv4_jax.variants import with_experts, without
 
     if files:
         texts = [_decode(file.read_bytes(), str(file)) for file in files]

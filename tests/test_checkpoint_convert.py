@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 import dsv4_jax
-from dsv4_jax.checkpoint.convert import converted, with_experts
+from dsv4_jax.checkpoint.convert import converted
 from dsv4_jax.checkpoint.convert_files import convert
 from dsv4_jax.checkpoint.read import read
 from dsv4_jax.config import Config
+from dsv4_jax.variants import with_experts
 from tests.checkpoint_files import CONFIG as MIXED_CONFIG
 from tests.checkpoint_files import DTYPE_NAMES, MIXED, save
 from tests.test_checkpoint_read import hugging_face, hugging_face_case

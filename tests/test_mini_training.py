@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "mini"))
 
 import compare  # noqa: E402
+import evaluate as table  # noqa: E402
 import indexer as teaching  # noqa: E402
 import objective  # noqa: E402
 import probes  # noqa: E402
@@ -30,6 +31,7 @@ from dsv4_jax.layers.norms import rms_normalize  # noqa: E402
 from dsv4_jax.mini.text import Document  # noqa: E402
 from dsv4_jax.numerics import Numerics  # noqa: E402
 from dsv4_jax.transformer import initialize  # noqa: E402
+from dsv4_jax.variants import with_experts  # noqa: E402
 
 forward = jax.jit(dsv4_jax.forward, static_argnames="capture")
 
@@ -243,6 +245,34 @@ def test_occurrences_and_recall():
     counts = probes.recall(evaluation, [first, second])
     assert counts["new"] == [0, 1] and counts["129-512"] == [1, 1]
     assert sum(of for _, of in counts.values()) == 2
+
+
+def test_long_contexts_cost_nothing_for_texts_that_fit_short_ones(monkeypatch):
+    def evaluate(model, texts, context):
+        evaluated.append((len(texts), context))
+        nats = tuple(np.full(len(text), float(context)) for text in texts)
+        hits = tuple(np.ones(len(text), bool) for text in texts)
+        return Evaluation(nats, hits, tuple(map(len, texts)), context)
+
+    evaluated: list[tuple[int, int]] = []
+    monkeypatch.setattr(table, "evaluate", evaluate)
+    texts = ["a" * 10, "b" * 3000, "c" * 2048]
+    found = table.longer(None, texts, evaluate(None, texts, 2048))
+    assert evaluated == [(3, 2048), (1, 8192)]
+    assert [set(nats) for nats in found.nats] == [{2048.0}, {8192.0}, {2048.0}]
+    assert found.context == 8192 and found.num_bytes == (10, 3000, 2048)
+
+
+def test_same_values():
+    mini = dsv4_jax.load("mini", dtype="float32")
+    assert table.same_values(mini, with_experts(mini, "nvfp4"))
+    path = ("layers", 2, "ffn", "experts", "w1", "scale")
+    changed = {
+        key: variable.replace(variable[...] + np.uint8(1)) if key == path else variable
+        for key, variable in nnx.to_flat_state(mini.params)
+    }
+    params = nnx.from_flat_state(list(changed.items()))
+    assert not table.same_values(mini, dsv4_jax.Model(mini.graph, params, mini.tokenizer))
 
 
 def measured(*late_nats):

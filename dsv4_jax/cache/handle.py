@@ -21,11 +21,11 @@ from dsv4_jax.cache.flush import (
     pool_overlapping,
     weighted_mean,
 )
-from dsv4_jax.cache.schema import CacheArrays, CacheSchema
+from dsv4_jax.cache.schema import CacheArrays, CacheSchema, PoolName
 from dsv4_jax.cache.storage import Planes, Storage
 from dsv4_jax.ops.attention import Source
+from dsv4_jax.ops.indexer import indexer_topk, paged_indexer_topk
 
-PoolName = Literal["csa", "csa_keys", "hca"]
 TailName = Literal["csa_tail", "key_tail"]
 
 
@@ -91,6 +91,17 @@ class LayerView(Protocol):
         """All entries [b, n, c], or those at `ids` [b, *n, c]; ids nobody wrote give anything."""
         ...
 
+    def top_entries(
+        self,
+        q: Float[Array, "b t h c"],
+        weights: Float[Array, "b t h"],
+        visible: Bool[Array, "b t n"],
+        top_k: int,
+        mxfp4_queries: bool,
+    ) -> Int[Array, "b t k"]:
+        """Ids of the top_k visible entries by `ops.indexer.indexer_scores`, -1 padded."""
+        ...
+
 
 def _in_window(query: Array, key: Array, window: int) -> Array:
     """Whether the query sees the key; positions, negative for no key."""
@@ -131,7 +142,7 @@ class LayerCache:
         self.pool_index = step.schema.pool_index(index)
 
     def storage(self, pool: PoolName) -> Storage:
-        return self.step.schema.keys if pool == "csa_keys" else self.step.schema.entries
+        return self.step.schema.storage(pool)
 
     def window(self, new: Planes, dtype: DTypeLike) -> Source:
         chunk, window = self.chunk, self.step.schema.window
@@ -197,6 +208,27 @@ class LayerCache:
             found = paged.read(planes, self.pool_index, self.step.block_table, ids)
         return self.storage(pool).decode(found, dtype)
 
+    def top_entries(
+        self,
+        q: Float[Array, "b t h c"],
+        weights: Float[Array, "b t h"],
+        visible: Bool[Array, "b t n"],
+        top_k: int,
+        mxfp4_queries: bool,
+    ) -> Int[Array, "b t k"]:
+        """Reads the keys where they lie; rows of tokens that do not count give anything."""
+        complete = (self.chunk.positions + 1) // 4
+        return paged_indexer_topk(
+            q,
+            weights,
+            self.step.arrays.csa_keys,
+            self.pool_index,
+            self.step.block_table,
+            jnp.where(self.chunk.valid, complete, 0),
+            top_k,
+            mxfp4_queries=mxfp4_queries,
+        )
+
 
 class WholeSequence:
     """View of a layer without a cache: the chunk is the whole sequence, from position 0."""
@@ -207,7 +239,7 @@ class WholeSequence:
         self._planes: dict[str, Planes] = {}
 
     def storage(self, pool: PoolName) -> Storage:
-        return self.schema.keys if pool == "csa_keys" else self.schema.entries
+        return self.schema.storage(pool)
 
     def window(self, new: Planes, dtype: DTypeLike) -> Source:
         """Blocks of one window's length see themselves and the block before."""
@@ -254,3 +286,13 @@ class WholeSequence:
                 for plane in found
             )
         return self.storage(pool).decode(found, dtype)
+
+    def top_entries(
+        self,
+        q: Float[Array, "b t h c"],
+        weights: Float[Array, "b t h"],
+        visible: Bool[Array, "b t n"],
+        top_k: int,
+        mxfp4_queries: bool,
+    ) -> Int[Array, "b t k"]:
+        return indexer_topk(q, self.entries("csa_keys", q.dtype), weights, visible, top_k)

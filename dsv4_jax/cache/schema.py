@@ -1,7 +1,7 @@
 """Which arrays a cache consists of, derived from the config."""
 
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from dsv4_jax.cache.storage import (
 )
 from dsv4_jax.config import Config
 from dsv4_jax.numerics import Numerics
+
+PoolName = Literal["csa", "csa_keys", "hca"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class CacheSchema:
             entry_storage(config, numerics, dtype, resolved),
             key_storage(config, numerics, dtype, resolved),
         )
+
+    def storage(self, pool: PoolName) -> Storage:
+        """How the entries of a pool are kept; the window's are those of "csa" and "hca"."""
+        return self.keys if pool == "csa_keys" else self.entries
 
     def pool_index(self, layer: int) -> int:
         """Which of its kind a layer is: its row in the pools and tails of that kind."""

@@ -1,24 +1,19 @@
-"""Weights in another format, and what that loses: of a matrix, of parameters, of a model."""
+"""Weights in another format, and what that loses: of a matrix, of all parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
 from dsv4_jax.checkpoint import names
 from dsv4_jax.config import Config, QuantizationConfig
 from dsv4_jax.formats import e2m1, e8m0, fp8_block, mxfp4, nvfp4
 from dsv4_jax.formats.convert import mxfp4_to_fp8_block, mxfp4_to_nvfp4
-from dsv4_jax.layers.experts import RoutedExperts
-from dsv4_jax.layers.linear import Linear
-from dsv4_jax.model import Model
-from dsv4_jax.parallel.sharding import param_sharding
 
 Arrays = Mapping[str, Array | np.ndarray]
 
@@ -35,7 +30,7 @@ LINEAR_FORMATS = ("fp8", "bf16")
 # w1 and w3 of an expert share their NVFP4 scale: kernels compute both in one product.
 EXPERT_GROUPS = (("w1", "w3"), ("w2",))
 
-_LEAVES: dict[str, tuple[str, ...]] = {
+LEAVES: dict[str, tuple[str, ...]] = {
     "float": ("weight",),
     "fp8_block": ("weight", "scale"),
     "mxfp4": ("weight", "scale"),
@@ -117,9 +112,9 @@ def convert_matrices(
 ) -> list[Converted]:
     """`convert_weight` of matrices of one width, which as NVFP4 get one scale_2."""
     for weight_format in (*source_formats, target_format):
-        if weight_format not in _LEAVES:
+        if weight_format not in LEAVES:
             raise ValueError(
-                f"weight_format: got {weight_format!r}, expected one of {', '.join(_LEAVES)}"
+                f"weight_format: got {weight_format!r}, expected one of {', '.join(LEAVES)}"
             )
     sources = [_Source.of(*pair) for pair in zip(matrices, source_formats, strict=True)]
     changing = [source for source in sources if not source.is_in(target_format)]
@@ -293,15 +288,15 @@ def converted(
             matrices = [
                 {
                     leaf: _row(params[(*module, leaf)], row) if stacked else params[(*module, leaf)]
-                    for leaf in _LEAVES[weight_formats[module]]
+                    for leaf in LEAVES[weight_formats[module]]
                 }
                 for module in group
             ]
             rows.append(convert_matrices(matrices, [weight_formats[m] for m in group], target))
         for module, of_rows in zip(group, zip(*rows, strict=True), strict=True):
-            for leaf in _LEAVES[weight_formats[module]]:
+            for leaf in LEAVES[weight_formats[module]]:
                 del new_params[(*module, leaf)]
-            for leaf in _LEAVES[target]:
+            for leaf in LEAVES[target]:
                 arrays = [result.arrays[leaf] for result in of_rows]
                 new_params[(*module, leaf)] = jnp.stack(arrays) if stacked else arrays[0]
             new_formats[module] = target
@@ -346,39 +341,3 @@ def converted_config(
     if experts is not None:
         expert_dtype = "fp4" if experts == "mxfp4" else experts
     return replace(config, quantization_config=quantization, expert_dtype=expert_dtype)
-
-
-def with_experts(model: Model, experts: str) -> Model:
-    """The model with its routed experts in another format; `model` stays as it is.
-
-    Args:
-        model: any model.
-        experts: "nvfp4", "mxfp4", "fp8" or "bf16".
-
-    Raises:
-        ValueError: as `converted`.
-    """
-    modules = nnx.merge(model.graph, model.params)
-    linears: dict[tuple[Any, ...], Linear] = {
-        path: module for path, module in nnx.iter_modules(modules) if isinstance(module, Linear)
-    }
-    params: dict[tuple[Any, ...], Array] = {
-        path: variable[...] for path, variable in nnx.to_flat_state(model.params)
-    }
-    formats = {path: linear.weight_format for path, linear in linears.items()}
-    params, formats = converted(params, formats, experts)
-    modules.config = converted_config(model.config, formats, experts)
-    parents = {path: m for path, m in nnx.iter_modules(modules) if isinstance(m, RoutedExperts)}
-    for path, old in linears.items():
-        if path[:-1] not in parents:
-            continue
-        linear = Linear(old.in_features, old.out_features, model.numerics, old.stack)
-        linear.repack(formats[path])
-        for leaf in _LEAVES[formats[path]]:
-            array = params[(*path, leaf)]
-            if model.mesh is not None:
-                sharding = param_sharding(model.mesh, (*path, leaf), array.shape)
-                array = jax.device_put(array, sharding)
-            setattr(linear, leaf, getattr(linear, leaf).replace(array))
-        setattr(parents[path[:-1]], path[-1], linear)
-    return Model(*nnx.split(modules), model.tokenizer, model.mesh)

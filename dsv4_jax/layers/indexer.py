@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv4_jax.cache.handle import LayerCache, LayerView
+from dsv4_jax.cache.handle import LayerView
 from dsv4_jax.config import Config
 from dsv4_jax.formats import indexer_key
 from dsv4_jax.formats.hadamard import hadamard
@@ -12,7 +12,6 @@ from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.indexer import indexer_topk, paged_indexer_topk
 
 
 class Indexer(nnx.Module):
@@ -50,17 +49,4 @@ class Indexer(nnx.Module):
         scale = (self.head_dim * self.num_heads) ** -0.5
         weights = self.weights_proj(x, jnp.float32) * scale
         q = self.queries(q_lora, view.chunk.positions)
-        if not isinstance(view, LayerCache):
-            keys = view.entries("csa_keys", x.dtype)
-            return indexer_topk(q, keys, weights, visible, self.top_k)
-        complete = (view.chunk.positions + 1) // 4
-        return paged_indexer_topk(
-            q,
-            weights,
-            view.step.arrays.csa_keys,
-            view.pool_index,
-            view.step.block_table,
-            jnp.where(view.chunk.valid, complete, 0),
-            self.top_k,
-            mxfp4_queries=self.quantize,
-        )
+        return view.top_entries(q, weights, visible, self.top_k, mxfp4_queries=self.quantize)

@@ -179,9 +179,10 @@ def _topk(
         min_length=top_k,
         mxfp4_queries=mxfp4_queries,
     )
-    return topk_select(scores, top_k, lengths=lengths, sorted=False, implementation=implementation)[
-        1
-    ]
+    _, ids = topk_select(
+        scores, top_k, lengths=lengths, sorted=False, implementation=implementation
+    )
+    return ids
 
 
 def _xla_scores(

@@ -19,6 +19,11 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndar
     return np.concatenate(pieces)
 
 
+def is_text(ids: np.ndarray) -> np.ndarray:
+    """Document boundaries carry no bytes."""
+    return (ids != BOS_ID) & (ids != EOS_ID)
+
+
 def sequence_starts(num_tokens: int, length: int, batch: int, seed: int) -> Iterator[np.ndarray]:
     """Where the sequences of each step begin, int32 [batch].
 

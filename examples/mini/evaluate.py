@@ -28,13 +28,12 @@ from tokenizer import TOKENIZER_FILE
 from tokenizers import Tokenizer
 
 import dsv4_jax
-from dsv4_jax.ablation import without
-from dsv4_jax.checkpoint.convert import with_experts
 from dsv4_jax.decoding.evaluate import Evaluation, evaluate
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.mini.text import collect, split
 from dsv4_jax.model import Model
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.variants import with_experts, without
 
 CONTEXT, LONG_CONTEXT = 2048, 8192
 SAMPLING = {"max_new_tokens": 300, "temperature": 0.8, "top_p": 0.9}
@@ -95,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini", help="checkpoint directory, or mini")
     parser.add_argument("--stdlib", type=Path, help="directory of .py files")
-    parser.add_argument("--out", type=Path, help="directory for evaluation.json and pictures")
+    parser.add_argument("--out", type=Path, help="directory for evaluation.json and samples.json")
     options = parser.parse_args()
     begin = time.monotonic()
     train, held_out = split(collect(options.stdlib))

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from data import BOS_ID, EOS_ID
 from flax import nnx
 from indexer import TaughtIndexer
 from jax import Array
@@ -187,8 +185,3 @@ def run_steps(
         return step(graph, recipe, state, rows, total_steps)
 
     return jax.lax.scan(body, state, starts)
-
-
-def is_text(ids: Array | np.ndarray) -> Array | np.ndarray:
-    """Document boundaries carry no bytes; padding is written as BOS."""
-    return (ids != BOS_ID) & (ids != EOS_ID)

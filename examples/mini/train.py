@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
-from data import BOS_ID, EOS_ID, sequence_starts, token_stream
+from data import is_text, sequence_starts, token_stream
 from objective import Metrics, TrainState, run_steps
 from optimizer import Recipe
 from rename import renamed_copies
@@ -38,7 +38,6 @@ from weights import (
 )
 
 import dsv4_jax
-from dsv4_jax.ablation import ABLATIONS, without
 from dsv4_jax.checkpoint.write import write
 from dsv4_jax.config import Config
 from dsv4_jax.decoding.evaluate import evaluate
@@ -47,6 +46,7 @@ from dsv4_jax.model import Model
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.text.tokenizer import Tokenizer as ModelTokenizer
 from dsv4_jax.transformer import initialize
+from dsv4_jax.variants import ABLATIONS, without
 
 CHECKPOINT_LIMIT_BYTES = 23_500_000
 # After the last step: storing, loading, evaluations.
@@ -168,14 +168,12 @@ class Run:
         self.train, self.held_out = split(collect(options.stdlib))
         if options.smoke:
             self.train, self.held_out = self.train[:100], self.held_out[-7:]
+        bpe = Tokenizer.from_file(str(TOKENIZER_FILE))
         texts = [self.train, *renamed_copies(self.train, options.copies)]
-        streams = [token_stream(text, Tokenizer.from_file(str(TOKENIZER_FILE))) for text in texts]
+        streams = [token_stream(text, bpe) for text in texts]
         self.stream = np.concatenate(streams)
-        self.bits_per_nat = (
-            int(((streams[0] != BOS_ID) & (streams[0] != EOS_ID)).sum())
-            / math.log(2)
-            / num_bytes(self.train)
-        )
+        num_tokens = int(is_text(streams[0]).sum())
+        self.bits_per_nat = num_tokens / math.log(2) / num_bytes(self.train)
         self.clock.say(
             f"{len(self.train)} files, {num_bytes(self.train):,} bytes, tokens with "
             f"{options.copies} copies {len(self.stream):,}"
@@ -206,13 +204,15 @@ class Run:
         texts = [document.text for document in self.held_out]
         return report.Measured.of(self.held_out, evaluate(model, texts, context, batch))
 
-    def checkpoint(self) -> None:
+    def checkpoint(self) -> report.Measured:
         """Adds a point to the curve."""
-        bits = self.evaluate(self.model(self.state.arrays)).bits_per_byte
+        measured = self.evaluate(self.model(self.state.arrays))
+        bits = measured.bits_per_byte
         self.curve.held_out.append(
             {"step": self.step, "seconds": self.clock.seconds, "bits_per_byte": bits}
         )
         self.clock.say(f"step {self.step}: held out {bits:.4f} bits per byte")
+        return measured
 
     def model(self, arrays: Flat) -> Model:
         return Model(self.graph, unflatten(arrays), self.tokenizer)
@@ -278,15 +278,13 @@ class Run:
         checkpoint_bytes = sum(file.stat().st_size for file in directory.iterdir())
         self.clock.say(f"wrote {directory}, {checkpoint_bytes:,} bytes")
 
-        self.checkpoint()
+        trained = self.checkpoint()
         report.write_json(out / "curve.json", asdict(self.curve))
         self.curve.draw(out / "loss.png", self.bits_per_nat)
 
-        stored = unflatten(jax.jit(straight_through)(self.state.arrays, 1.0))
         loaded = dsv4_jax.load(directory)
         variants = {
-            "float32 weights": self.model(self.state.arrays),
-            "stored weights": Model(self.graph, stored, self.tokenizer),
+            "stored weights": self.model(jax.jit(straight_through)(self.state.arrays, 1.0)),
             "loaded": loaded,
         }
         if any(self.config.layer_ratios):
@@ -310,7 +308,7 @@ class Run:
             "held_out_bytes": num_bytes(self.held_out),
             "held_out_modules": sorted(HELD_OUT_MODULES),
             "config": self.config.to_dict(),
-            "held_out": {},
+            "held_out": {f"float32 weights, context {options.length}": asdict(trained)},
         }
         for context in (options.length, LONG_CONTEXT):
             for name, model in variants.items():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import dsv4_jax
-from dsv4_jax.ablation import without
+from dsv4_jax.variants import without
 
 
 @pytest.fixture(scope="module")
