@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import dsv4_ffi
 from dsv4_jax.ops.grouped import route_plan, tile_size
@@ -89,8 +90,11 @@ def test_under_transformations(implementation):
         return route_plan(ids, valid, 12, 4, implementation)
 
     expected = [one(*row) for row in zip(ids, valid, strict=True)]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = P("data")
     for plans in (
         jax.vmap(one)(ids, valid),
+        jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=data, out_specs=data)(ids, valid),
         jax.jit(lambda *a: jax.lax.scan(lambda _, row: (None, one(*row)), None, a)[1])(ids, valid),
     ):
         for i, e in enumerate(expected):

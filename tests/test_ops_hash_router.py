@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import dsv4_ffi
 from dsv4_jax.formats import nvfp4
@@ -46,7 +47,7 @@ def check(token_ids, table, x, gate, implementation):
 
 
 @implementations
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 63, 64, 65])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 63, 64, 65, 1000, 16384])
 def test_gathered_weights(num_tokens, implementation):
     check(*inputs(num_tokens), implementation)
 
@@ -142,8 +143,12 @@ def test_under_transformations(implementation):
         return hash_router(token_ids, table, SCALE, x, gate, implementation)
 
     expected = route(token_ids, x)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(route, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     for actual in (
+        jax.vmap(route)(token_ids, x),
         jax.jit(jax.vmap(route))(token_ids, x),
+        jax.jit(sharded)(token_ids, x),
         jax.lax.scan(lambda _, row: (None, route(*row)), None, (token_ids, x))[1],
     ):
         np.testing.assert_array_equal(actual[1], expected[1])

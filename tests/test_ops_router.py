@@ -57,6 +57,11 @@ def check(actual, logits, bias, k, least_decided=0.99):
     )
 
 
+def sharded(function, in_specs, out_specs):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
 def activated(logits, bias, k, implementation):
     route = jax.jit(partial(activation_topk, top_k=k, scale=SCALE, implementation=implementation))
     return route(jnp.asarray(logits), jnp.asarray(bias))
@@ -240,11 +245,8 @@ def test_under_transformations(implementation):
     same(jax.vmap(route)(logits, bias))
     same(jax.jit(jax.vmap(jax.vmap(route, (0, None))))(logits, bias))
     same(jax.lax.scan(lambda _, row: (None, route(*row)), None, (logits, bias))[1])
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.shard_map(
-        route, mesh=mesh, in_specs=(P(None, "data"), P()), out_specs=P(None, "data")
-    )
-    np.testing.assert_array_equal(jax.jit(sharded)(logits[0], bias[0])[1], expected[1][0])
+    of_shards = sharded(route, (P(None, "data"), P()), P(None, "data"))
+    np.testing.assert_array_equal(jax.jit(of_shards)(logits[0], bias[0])[1], expected[1][0])
 
 
 @pytest.mark.parametrize("k", [0, 9])
@@ -303,6 +305,21 @@ def test_dense_router(num_tokens, implementation):
     check_dense(implementation, *tokens_and_gate(num_tokens, 256, 256))
 
 
+@pytest.mark.parametrize("implementation", [None, "unfused"])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(65, 384), (1000, 256), (16384, 20)])
+def test_dense_router_of_many_tokens(num_tokens, num_experts, implementation):
+    check_dense(implementation, *tokens_and_gate(num_tokens, num_experts, 64), k=4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dense_router_prefers_the_lower_of_equal_experts(implementation):
+    """Experts 5 to 14 have one row; tokens of zeros find all experts equal."""
+    x, gate, _ = tokens_and_gate(10, 20, 64)
+    gate = gate.at[6:15].set(gate[5])
+    x = x.at[3].set(0)
+    check_dense(implementation, x, gate, jnp.zeros(20), k=8)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("num_experts", "width"), [(8, 8), (12, 40), (20, 504), (384, 2048)])
 def test_dense_router_of_any_size(num_experts, width, implementation):
@@ -358,6 +375,7 @@ def test_dense_under_transformations(implementation):
         jax.vmap(route)(x),
         jax.jit(jax.vmap(jax.vmap(route)))(x),
         jax.lax.scan(lambda _, row: (None, route(row)), None, x)[1],
+        jax.jit(sharded(route, P("data"), P("data")))(x),
     ):
         np.testing.assert_array_equal(actual[1], expected[1])
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
@@ -376,9 +394,13 @@ def test_the_fused_kernel_is_for_few_tokens():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "width"),
-    [(n, *gate) for gate in ((256, 4096), (384, 7168)) for n in (1, 7, 16, 33, 64)],
+    [
+        (n, *gate)
+        for gate in ((8, 16), (20, 496), (300, 1008), (256, 4096), (384, 7168))
+        for n in (1, 7, 16, 33, 64)
+    ],
 )
-def test_dense_router_at_full_size(num_tokens, num_experts, width):
+def test_dense_router_on_a_gpu(num_tokens, num_experts, width):
     x, gate, bias = tokens_and_gate(num_tokens, num_experts, width)
     check_dense("ffi", x, gate, bias)
     check_dense("ffi", x, nvfp4_gate(gate), bias)
@@ -391,7 +413,9 @@ def test_launches_at_the_same_time_do_not_mix():
 
     @jax.jit
     def many(x):
-        return [dense_router(x + i, gate, bias, 6, SCALE, "ffi") for i in range(100)]
+        return [
+            dense_router((x + i)[: 1 + 7 * i % 64], gate, bias, 6, SCALE, "ffi") for i in range(100)
+        ]
 
     first = many(x)
     for _ in range(5):

@@ -57,8 +57,8 @@ def hash_router(
             "gate: got x without gate or gate without x, expected both (gathered weights) or none"
         )
     implementations = {"ffi": _ffi, "xla": _xla}
-    if implementation is None and (x is None or num_tokens(x) > FASTEST_FUSED_TOKENS):
-        del implementations["ffi"]
+    if x is None or num_tokens(x) > FASTEST_FUSED_TOKENS:
+        implementations = dict(reversed(implementations.items()))
     return dispatch(
         implementation,
         implementations,

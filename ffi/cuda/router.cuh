@@ -32,8 +32,9 @@ __device__ __forceinline__ float SqrtSoftplus(float x) {
   return y;
 }
 
-// Keys compare as integers in the order of the numbers, NaN above them, kTaken below.
-constexpr int kTaken = INT_MIN;
+// Keys compare as integers in the order of the numbers, NaN above them; below are kNoExpert and
+// kTaken.
+constexpr int kNoExpert = INT_MIN, kTaken = INT_MIN + 1;
 
 __device__ __forceinline__ int OrderedKey(float x) {
   int bits = __float_as_int(x);
@@ -67,12 +68,12 @@ __device__ __forceinline__ void LoadLane(const float* row, int num_experts,
   }
 }
 
-// The top_k <= kTopK experts of a warp with the largest keys, best first, the lower one first among
-// equals; lane r gets the r-th.
-template <int kTopK, int kPerLane>
-__device__ __forceinline__ int SelectExperts(const int (&keys)[kPerLane], int top_k) {
+// The top_k experts of a warp with the largest keys, best first, the lower one first among equals;
+// lane r gets the r-th. Where `exhausted`, more than kDepth of a lane's may be among them.
+template <int kDepth, int kPerLane>
+__device__ __forceinline__ int SelectExperts(const int (&keys)[kPerLane], int top_k,
+                                             bool& exhausted) {
   // The best of the lane, in order.
-  constexpr int kDepth = kTopK < kPerLane ? kTopK : kPerLane;
   int best[kDepth], experts[kDepth];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -102,17 +103,19 @@ __device__ __forceinline__ int SelectExperts(const int (&keys)[kPerLane], int to
       best[kDepth - 1] = kTaken;
     }
   }
+  exhausted = __any_sync(kAllLanes, best[0] == kTaken);
   return chosen;
 }
 
 // Lane r below top_k stores the r-th expert and its score, divided by the sum of theirs, times
 // scale.
+template <int kTopK>
 __device__ __forceinline__ void StoreRoute(int expert, float score, int top_k, float scale,
                                            float* weights, int32_t* ids) {
   int lane = threadIdx.x % kWarp;
   float sum = lane < top_k ? score : 0.0f;
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  for (int offset = 1; offset < kTopK; offset *= 2) {
     sum += __shfl_xor_sync(kAllLanes, sum, offset);
   }
   if (lane < top_k) {
@@ -122,7 +125,7 @@ __device__ __forceinline__ void StoreRoute(int expert, float score, int top_k, f
 }
 
 // Routes one token by the lanes' scores: selects by score plus bias, weighs by score.
-//   shared: [kWarp * kPerLane], the warp's own.
+//   shared: [kWarp * kPerLane], the warp's own, 16-byte aligned.
 template <int kTopK, int kPerLane>
 __device__ __forceinline__ void RouteToken(const float (&scores)[kPerLane],
                                            const float (&biases)[kPerLane], int num_experts,
@@ -132,12 +135,21 @@ __device__ __forceinline__ void RouteToken(const float (&scores)[kPerLane],
   int keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    shared[first + i] = scores[i];
-    keys[i] = first + i < num_experts ? OrderedKey(scores[i] + biases[i]) : kTaken;
+    if constexpr (kPerLane % 4 != 0) {
+      shared[first + i] = scores[i];
+    } else if (i % 4 == 0) {
+      float4 four = {scores[i], scores[i + 1], scores[i + 2], scores[i + 3]};
+      *reinterpret_cast<float4*>(shared + first + i) = four;
+    }
+    keys[i] = first + i < num_experts ? OrderedKey(scores[i] + biases[i]) : kNoExpert;
   }
-  int expert = SelectExperts<kTopK>(keys, top_k);
+  // A lane seldom has more than a few of the best.
+  constexpr int kMost = kTopK < kPerLane ? kTopK : kPerLane, kFew = kMost < 3 ? kMost : 3;
+  bool exhausted;
+  int expert = SelectExperts<kFew>(keys, top_k, exhausted);
+  if (kFew < kMost && exhausted) expert = SelectExperts<kMost>(keys, top_k, exhausted);
   __syncwarp();
-  StoreRoute(expert, shared[expert], top_k, scale, weights, ids);
+  StoreRoute<kTopK>(expert, shared[expert], top_k, scale, weights, ids);
 }
 
 }  // namespace dsv4

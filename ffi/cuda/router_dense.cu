@@ -1,12 +1,13 @@
+// Architectures: 90a
 // dense_router: gate product, activation, selection and weights in one launch.
 //
-// Clusters share the experts in tiles of 16. The eight blocks of a cluster split the width, so
-// that the gate comes through E / 2 multiprocessors; their partial sums meet in distributed shared
-// memory, where block r owns the r-th tile of 8 tokens. The scores of these tokens meet in device
-// memory; the last of the clusters to arrive there selects. Every sum has a fixed order.
+// A block multiplies a tile of experts by all tokens over a slice of the width, so that the gate
+// comes through all multiprocessors, and stores the sums where the token's block looks for them. A
+// stored word is never zero; who has read it stores zero for the next launch. There are no more
+// blocks than multiprocessors: all come to run, and none looks in vain. Every sum has a fixed
+// order.
 
-#include <cooperative_groups.h>
-
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -14,175 +15,284 @@
 #include "dsv4/router.h"
 #include "router.cuh"
 #include "router_gate.cuh"
+#include "router_launch_sm100.cuh"
 
 namespace dsv4 {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kSplits = 8;  // blocks of a cluster
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kTileTokens = 8;
 constexpr int kTileExperts = 16;
-constexpr int kChunk = 32;  // columns of two mma instructions
-constexpr int kMaxTiles = kMaxGateTokens / kTileTokens;
-static_assert(kMaxTiles == kSplits, "each block owns a tile");
+constexpr int kGroup = 32;  // columns of two products
 
-// Launches take turns with the slots: the counters, zero between launches, of launches that run at
-// the same time are different.
-constexpr int kSlots = 64;
-__device__ unsigned arrivals[kSlots][kMaxTiles];
-std::atomic<unsigned> next_slot{0};
+// Zero between launches. Launches take turns with pieces of it, so that those that run at the same
+// time have different ones.
+constexpr uint32_t kArenaWords = 1 << 23;
+__device__ uint4 arena[kArenaWords / 4];
+std::atomic<uint32_t> next_words{0};
 
 struct Problem {
   const uint16_t* x;  // [num_tokens, width] bfloat16
   const float* bias;
   int num_tokens, width, num_experts, top_k;
   float scale;
-  float* scores;  // [num_tokens, num_experts]
+  int slice, num_slices;  // columns
+  int lanes_of_quad;      // threads that add up four experts
+  uint32_t first_sum;     // in the arena: [num_tokens, num_slices, padded experts]
   float* weights;
   int32_t* ids;
-  int slot;
+
+  __host__ __device__ int NumQuads() const { return (num_experts + 3) / 4; }
 };
+
+// How the warps share the tiles of experts and tokens and the columns of a slice.
+template <int kExpertTiles_, int kTokenTiles_, int kTokenWarps_, int kGroups_, int kPerLane_,
+          bool kFull_>
+struct Shape {
+  static constexpr int kExpertTiles = kExpertTiles_;  // of each warp
+  static constexpr int kTokenWarps = kTokenWarps_;
+  static constexpr int kTokenTiles = kTokenTiles_ / kTokenWarps;  // of each warp
+  static constexpr int kColumnWarps = kWarps / kTokenWarps;
+  static constexpr int kGroups = kGroups_;  // of a warp, at a time
+  static constexpr int kColumns = kColumnWarps * kGroups * kGroup;
+  static constexpr int kFragments = kExpertTiles * kTokenTiles;
+  static constexpr int kExperts = kExpertTiles * kTileExperts;
+  static constexpr int kPerLane = kPerLane_;
+  static constexpr bool kFull = kFull_;
+  // Pieces of four sums that a thread looks for.
+  static constexpr int kPolled = !kFull ? 5 : 2 * kExpertTiles + (kPerLane > 8);
+};
+
+// Complements: that of zero is not zero.
+constexpr uint32_t kZero = 0xffffffffu;
+__device__ __forceinline__ uint32_t Encode(float sum) { return max(~__float_as_uint(sum), 1u); }
+__device__ __forceinline__ float Decode(uint32_t word) { return __uint_as_float(~word); }
+
+__device__ __forceinline__ void Publish(uint32_t* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ uint4 Look(const uint32_t* from) {
+  uint4 words;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from)
+               : "memory");
+  return words;
+}
 
 // c += a b for a [16, 16] and b [16, 8]; a thread brings columns of any permutation, the same in a
 // and b.
-__device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                    uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void Mma(float4& c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void Add(float4& a, float4 b) {
-  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
-}
-
-// Experts first_expert to + 15 times all tokens, over chunks [first, last) of the width; kChunks at
-// a time, so that their loads overlap.
-template <int kTiles, int kChunks, typename Gate>
-__device__ __forceinline__ void Accumulate(const Problem& p, const Gate& gate, int first_expert,
-                                           int first, int last, float (&acc)[kTiles][4]) {
-  int row = threadIdx.x % kWarp / 4, quad = threadIdx.x % 4;
+// The warp's sums, over its columns of the slice.
+template <typename S, typename Gate>
+__device__ __forceinline__ void Multiply(const Problem& p, const Gate& gate,
+                                         float4 (&acc)[S::kExpertTiles][S::kTokenTiles]) {
+  int warp = threadIdx.x / kWarp, row = threadIdx.x % kWarp / 4;
+  int first_expert = blockIdx.x * S::kExperts + row;
+  int first_token = warp % S::kTokenWarps * S::kTokenTiles * kTileTokens + row;
+  int end = min((static_cast<int>(blockIdx.y) + 1) * p.slice, p.width);
+  int begin = blockIdx.y * p.slice + warp / S::kTokenWarps * S::kGroups * kGroup;
   const uint4 zero = {0, 0, 0, 0};
-  for (int begin = first; begin < last; begin += kChunks) {
-    uint4 w[kChunks][2];
+#pragma unroll 1
+  for (; begin < end; begin += S::kColumns) {
+    uint4 w[S::kGroups][S::kExpertTiles][2], x[S::kGroups][S::kTokenTiles];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      int column = (begin + i) * kChunk + quad * 8;
-      bool inside = begin + i < last && column < p.width;
+    for (int g = 0; g < S::kGroups; ++g) {
+      int column = begin + g * kGroup + threadIdx.x % 4 * 8;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int expert = first_expert + half * 8 + row;
-        w[i][half] = inside && expert < p.num_experts ? gate.Load8(expert, column) : zero;
+      for (int i = 0; i < 2 * S::kExpertTiles; ++i) {
+        int expert = first_expert + i * 8;
+        w[g][i / 2][i % 2] =
+            column < end && expert < p.num_experts ? gate.Load8(expert, column) : zero;
       }
     }
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      int column = (begin + i) * kChunk + quad * 8;
-      bool inside = begin + i < last && column < p.width;
+    for (int g = 0; g < S::kGroups; ++g) {
+      int column = begin + g * kGroup + threadIdx.x % 4 * 8;
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        int64_t token = t * kTileTokens + row;
-        uint4 x = zero;
-        if (inside && token < p.num_tokens) {
-          x = __ldg(reinterpret_cast<const uint4*>(p.x + token * p.width + column));
+      for (int t = 0; t < S::kTokenTiles; ++t) {
+        int token = first_token + t * kTileTokens;
+        const auto* from = p.x + int64_t{token} * p.width + column;
+        x[g][t] = zero;
+        if (column < end && token < p.num_tokens) {
+          x[g][t] = __ldg(reinterpret_cast<const uint4*>(from));
         }
-        Mma(acc[t], w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y, x.x, x.y);
-        Mma(acc[t], w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w, x.z, x.w);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < S::kGroups; ++g) {
+#pragma unroll
+      for (int e = 0; e < S::kExpertTiles; ++e) {
+        const uint4 &upper = w[g][e][0], &lower = w[g][e][1];
+#pragma unroll
+        for (int t = 0; t < S::kTokenTiles; ++t) {
+          Mma(acc[e][t], upper.x, lower.x, upper.y, lower.y, x[g][t].x, x[g][t].y);
+          Mma(acc[e][t], upper.z, lower.z, upper.w, lower.w, x[g][t].z, x[g][t].w);
+        }
       }
     }
   }
 }
 
-template <int kTiles, int kPerLane, bool kFull, typename Gate>
-__global__ void __cluster_dims__(kSplits) __launch_bounds__(kThreads, 2)
-    DenseRouter(Problem p, Gate gate) {
-  constexpr int kSums = kWarps * kTiles * kWarp, kScores = kTileTokens * kWarp * kPerLane / 4;
-  // First the warps' sums [kWarps, kTiles, kWarp], then tokens' scores.
-  __shared__ float4 shared[kSums > kScores ? kSums : kScores];
-  __shared__ float4 of_splits[kSplits][kWarp];
-  __shared__ bool is_last;
-  auto cluster = cg::this_cluster();
-  cluster.barrier_arrive();
-
-  int split = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int first_expert = blockIdx.y * kTileExperts;
-  int num_chunks = (p.width + kChunk - 1) / kChunk;
-  int per_warp = (num_chunks + kSplits * kWarps - 1) / (kSplits * kWarps);
-  int first = (split * kWarps + warp) * per_warp;
-  float acc[kTiles][4] = {};
-  Accumulate<kTiles, kPerLane == 8 ? 2 : 4>(p, gate, first_expert, first,
-                                            min(first + per_warp, num_chunks), acc);
+// The token's sums of the thread's four experts, over all slices.
+template <int kPolled>
+__device__ __forceinline__ float4 Collect(const Problem& p, uint32_t* sums, int padded_experts) {
+  int quad = threadIdx.x / p.lanes_of_quad, first = threadIdx.x % p.lanes_of_quad;
+  float4 sum = {0, 0, 0, 0};
+  if (quad < p.NumQuads()) {
+    uint32_t* from = sums + first * padded_experts + quad * 4;
+    int step = p.lanes_of_quad * padded_experts;
+    uint4 words[kPolled];
+    bool missing;
+    do {
+      missing = false;
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    shared[(warp * kTiles + t) * kWarp + lane] = {acc[t][0], acc[t][1], acc[t][2], acc[t][3]};
-  }
-  __syncthreads();
-
-  // Every block of the cluster must run before its memory is written.
-  cluster.barrier_wait();
-  if (warp < kTiles) {
-    float4 sum = shared[threadIdx.x];
+      for (int i = 0; i < kPolled; ++i) {
+        words[i] = {kZero, kZero, kZero, kZero};
+        if (first + i * p.lanes_of_quad < p.num_slices) words[i] = Look(from + i * step);
+      }
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) Add(sum, shared[w * kTiles * kWarp + threadIdx.x]);
-    cluster.map_shared_rank(&of_splits[split][0], warp)[lane] = sum;
-  }
-  cluster.sync();
-  int first_token = split * kTileTokens;
-  if (split >= kTiles || first_token >= p.num_tokens) return;
-
-  if (threadIdx.x < kTileTokens * kTileExperts) {
-    float logit = 0.0f;
-    const float* partial = &of_splits[0][0].x;
+      for (int i = 0; i < kPolled; ++i) {
+        missing |= min(min(words[i].x, words[i].y), min(words[i].z, words[i].w)) == 0;
+      }
+    } while (missing);
 #pragma unroll
-    for (int s = 0; s < kSplits; ++s) logit += partial[s * 4 * kWarp + threadIdx.x];
-    // Element c of lane l's fragment: expert l / 4 + 8 (c / 2), token 2 (l % 4) + c % 2.
-    int l = threadIdx.x / 4, c = threadIdx.x % 4;
-    int expert = first_expert + l / 4 + 8 * (c / 2), token = first_token + 2 * (l % 4) + c % 2;
-    if (expert < p.num_experts && token < p.num_tokens) {
-      p.scores[token * p.num_experts + expert] = SqrtSoftplus(logit * gate.Scale());
+    for (int i = 0; i < kPolled; ++i) {
+      if (first + i * p.lanes_of_quad < p.num_slices) {
+        *reinterpret_cast<uint4*>(from + i * step) = {0, 0, 0, 0};
+      }
+      sum.x += Decode(words[i].x), sum.y += Decode(words[i].y);
+      sum.z += Decode(words[i].z), sum.w += Decode(words[i].w);
     }
   }
-  int64_t token = first_token + warp;
-  float scores[kPerLane], biases[kPerLane];
-  LoadLane<kPerLane, kFull>(p.bias, p.num_experts, biases);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    unsigned others = gridDim.y - 1;
-    is_last = atomicInc(&arrivals[p.slot][split], others) == others;
-    __threadfence();
+  for (int offset = 1; offset < p.lanes_of_quad; offset *= 2) {
+    sum.x += __shfl_xor_sync(kAllLanes, sum.x, offset);
+    sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
+    sum.z += __shfl_xor_sync(kAllLanes, sum.z, offset);
+    sum.w += __shfl_xor_sync(kAllLanes, sum.w, offset);
   }
-  __syncthreads();
-  if (!is_last || token >= p.num_tokens) return;
-  LoadLane<kPerLane, kFull>(p.scores + token * p.num_experts, p.num_experts, scores);
-  auto* mine = reinterpret_cast<float*>(shared) + warp * kWarp * kPerLane;
-  RouteToken<kMaxGateTopK>(scores, biases, p.num_experts, p.top_k, p.scale, mine,
-                           p.weights + token * p.top_k, p.ids + token * p.top_k);
+  return sum;
 }
 
-template <int kTiles, typename Gate>
-void Launch(cudaStream_t stream, const Problem& p, const Gate& gate) {
-  dim3 grid(kSplits, (p.num_experts + kTileExperts - 1) / kTileExperts);
-  auto* kernel = p.num_experts == 256   ? DenseRouter<kTiles, 8, true, Gate>
-                 : p.num_experts == 384 ? DenseRouter<kTiles, 12, true, Gate>
-                                        : DenseRouter<kTiles, 12, false, Gate>;
-  kernel<<<grid, kThreads, 0, stream>>>(p, gate);
+template <typename S, typename Gate>
+__global__ void __launch_bounds__(kThreads) DenseRouter(Problem p, Gate gate) {
+  __shared__ float4 of_warps[kWarps][S::kFragments][kWarp];
+  __shared__ __align__(16) float scores[kWarp * S::kPerLane];
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float4 acc[S::kExpertTiles][S::kTokenTiles] = {};
+  Multiply<S>(p, gate, acc);
+#pragma unroll
+  for (int i = 0; i < S::kFragments; ++i) {
+    of_warps[warp][i][lane] = acc[i / S::kTokenTiles][i % S::kTokenTiles];
+  }
+  __syncthreads();
+
+  int padded_experts = gridDim.x * S::kExperts, stored_experts = p.NumQuads() * 4;
+  uint32_t* sums = reinterpret_cast<uint32_t*>(arena) + p.first_sum;
+  for (int i = warp; i < S::kTokenWarps * S::kFragments; i += kWarps) {
+    int tokens_warp = i / S::kFragments, fragment = i % S::kFragments;
+    float4 sum = of_warps[tokens_warp][fragment][lane];
+#pragma unroll
+    for (int w = 1; w < S::kColumnWarps; ++w) {
+      float4 other = of_warps[w * S::kTokenWarps + tokens_warp][fragment][lane];
+      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    }
+    // Of a lane's fragment: experts lane / 4 and 8 later, tokens 2 (lane % 4) and the next.
+    int token = (tokens_warp * S::kTokenTiles + fragment % S::kTokenTiles) * kTileTokens;
+    int expert = blockIdx.x * S::kExperts + fragment / S::kTokenTiles * kTileExperts + lane / 4;
+    token += lane % 4 * 2;
+    uint32_t* to = sums + (token * p.num_slices + blockIdx.y) * padded_experts + expert;
+    uint32_t* next = to + p.num_slices * padded_experts;
+    bool first_stored = expert < stored_experts, later_stored = expert + 8 < stored_experts;
+    if (token < p.num_tokens && first_stored) Publish(to, Encode(sum.x));
+    if (token + 1 < p.num_tokens && first_stored) Publish(next, Encode(sum.y));
+    if (token < p.num_tokens && later_stored) Publish(to + 8, Encode(sum.z));
+    if (token + 1 < p.num_tokens && later_stored) Publish(next + 8, Encode(sum.w));
+  }
+
+  int num_blocks = gridDim.x * gridDim.y;
+  for (int token = blockIdx.y * gridDim.x + blockIdx.x; token < p.num_tokens;
+       token += num_blocks) {
+    float biases[S::kPerLane], mine[S::kPerLane];
+    if (warp == 0) LoadLane<S::kPerLane, S::kFull>(p.bias, p.num_experts, biases);
+    uint32_t* of_token = sums + token * p.num_slices * padded_experts;
+    float4 sum = Collect<S::kPolled>(p, of_token, padded_experts);
+    int quad = threadIdx.x / p.lanes_of_quad;
+    if (threadIdx.x % p.lanes_of_quad == 0 && quad < p.NumQuads()) {
+      float factor = gate.Scale();
+      reinterpret_cast<float4*>(scores)[quad] = {
+          SqrtSoftplus(sum.x * factor), SqrtSoftplus(sum.y * factor),
+          SqrtSoftplus(sum.z * factor), SqrtSoftplus(sum.w * factor)};
+    }
+    __syncthreads();
+    if (warp == 0) {
+      LoadLane<S::kPerLane, S::kFull>(scores, p.num_experts, mine);
+      RouteToken<kMaxGateTopK>(mine, biases, p.num_experts, p.top_k, p.scale, scores,
+                               p.weights + token * p.top_k, p.ids + token * p.top_k);
+    }
+    __syncthreads();
+  }
+}
+
+// Words of the arena that no launch has had for as long as possible.
+uint32_t TakeWords(uint32_t num_words) {
+  uint32_t first = next_words.load(), begin;
+  do {
+    begin = first + num_words <= kArenaWords ? first : 0;
+  } while (!next_words.compare_exchange_weak(first, begin + num_words));
+  return begin;
+}
+
+int NumSms() {
+  int count = 0, device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+bool IsHopper() {
+  int major = 0, device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+}
+
+template <typename S, typename Gate>
+ffi::Error Launch(cudaStream_t stream, Problem p, const Gate& gate) {
+  int num_tiles = (p.num_experts + S::kExperts - 1) / S::kExperts;
+  int num_pieces = (p.width + S::kColumns - 1) / S::kColumns;
+  p.lanes_of_quad = kWarp;
+  while (p.lanes_of_quad * p.NumQuads() > kThreads) p.lanes_of_quad /= 2;
+  int most = std::max(1, std::min(NumSms() / num_tiles, S::kPolled * p.lanes_of_quad));
+  int slice_pieces = (num_pieces + most - 1) / most;
+  p.slice = slice_pieces * S::kColumns;
+  p.num_slices = (num_pieces + slice_pieces - 1) / slice_pieces;
+  p.first_sum = TakeWords(p.num_tokens * p.num_slices * num_tiles * S::kExperts);
+  DenseRouter<S><<<dim3(num_tiles, p.num_slices), kThreads, 0, stream>>>(p, gate);
+  return CudaStatus(cudaGetLastError());
+}
+
+template <int kPerLane, bool kFull, int kGroups, typename Gate>
+ffi::Error LaunchForTokens(cudaStream_t stream, const Problem& p, const Gate& gate) {
+  if (p.num_tokens <= 8) return Launch<Shape<1, 1, 1, kGroups, kPerLane, kFull>>(stream, p, gate);
+  if (p.num_tokens <= 16) return Launch<Shape<1, 2, 1, kGroups, kPerLane, kFull>>(stream, p, gate);
+  return Launch<Shape<2, 8, 2, 2, kPerLane, kFull>>(stream, p, gate);
 }
 
 template <typename Gate>
 ffi::Error LaunchFor(cudaStream_t stream, const Problem& p, const Gate& gate) {
-  if (p.num_tokens <= kTileTokens) {
-    Launch<1>(stream, p, gate);
-  } else if (p.num_tokens <= 2 * kTileTokens) {
-    Launch<2>(stream, p, gate);
-  } else {
-    Launch<kMaxTiles>(stream, p, gate);
-  }
-  return CudaStatus(cudaGetLastError());
+  if (p.num_experts == 256) return LaunchForTokens<8, true, 2>(stream, p, gate);
+  if (p.num_experts == 384) return LaunchForTokens<12, true, 6>(stream, p, gate);
+  return LaunchForTokens<12, false, 2>(stream, p, gate);
 }
 
 ffi::Error Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer scales,
@@ -193,16 +303,22 @@ ffi::Error Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi:
   Problem p = {};
   p.num_tokens = x.dimensions()[0];
   if (p.num_tokens == 0) return ffi::Error::Success();
+  if (!IsHopper()) {
+    if (LaunchDenseRouterSm100 == nullptr) {
+      return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                        "dense_router: this library is built for Hopper");
+    }
+    return LaunchDenseRouterSm100(stream, {x, gate, scales, global_scale, bias, scale, *weights,
+                                           *ids, *scores});
+  }
   p.x = static_cast<const uint16_t*>(x.untyped_data());
   p.bias = bias.typed_data<float>();
   p.width = x.dimensions()[1];
   p.num_experts = bias.element_count();
   p.top_k = ids->dimensions()[1];
   p.scale = scale;
-  p.scores = scores->typed_data<float>();
   p.weights = weights->typed_data<float>();
   p.ids = ids->typed_data<int32_t>();
-  p.slot = next_slot.fetch_add(1) % kSlots;
   if (gate.element_type() == ffi::DataType::BF16) {
     return LaunchFor(stream, p,
                      Bfloat16Gate{static_cast<const uint16_t*>(gate.untyped_data()), p.width});

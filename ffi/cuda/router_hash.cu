@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kHalves * kMaxTopK * kWarp, 1)
     expert = p.table[int64_t{token_id} * p.top_k + lane];
     score = SqrtSoftplus((logits[lane][0] + logits[lane][1]) * gate.Scale());
   }
-  StoreRoute(expert, score, p.top_k, p.scale, p.weights + token * p.top_k,
-             p.ids + token * p.top_k);
+  StoreRoute<kMaxTopK>(expert, score, p.top_k, p.scale, p.weights + token * p.top_k,
+                       p.ids + token * p.top_k);
 }
 
 ffi::Error Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer scales,

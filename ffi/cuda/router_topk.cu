@@ -10,24 +10,28 @@ namespace dsv4 {
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kBlocksPerSm = 12, kMaxBlocks = kBlocksPerSm * 132;
 
-// Blocks of y have a bias each.
+// Blocks of y have a bias each; a warp takes every so many-th token.
 template <int kTopK, int kPerLane, bool kFull>
-__global__ void __launch_bounds__(kWarps * kWarp)
+__global__ void __launch_bounds__(kWarps * kWarp, kPerLane <= 8 ? kBlocksPerSm : 1)
     ActivationTopk(const float* logits, const float* bias, int num_tokens, int num_experts,
                    int top_k, float scale, float* weights, int32_t* ids) {
   __shared__ __align__(16) float shared[kWarps][kWarp * kPerLane];
-  int warp = threadIdx.x / kWarp;
-  int64_t token = int64_t{blockIdx.x} * kWarps + warp;
-  if (token >= num_tokens) return;
-  token += int64_t{blockIdx.y} * num_tokens;
-  float scores[kPerLane], biases[kPerLane];
-  LoadLane<kPerLane, kFull>(logits + token * num_experts, num_experts, scores);
-  LoadLane<kPerLane, kFull>(bias + int64_t{blockIdx.y} * num_experts, num_experts, biases);
+  int warp = threadIdx.x / kWarp, step = gridDim.x * kWarps;
+  int token = blockIdx.x * kWarps + warp;
+  int64_t first = int64_t{blockIdx.y} * num_tokens;
+  logits += first * num_experts, weights += first * top_k, ids += first * top_k;
+  bias += int64_t{blockIdx.y} * num_experts;
+  for (; token < num_tokens; token += step) {
+    float scores[kPerLane], biases[kPerLane];
+    LoadLane<kPerLane, kFull>(logits + int64_t{token} * num_experts, num_experts, scores);
+    LoadLane<kPerLane, kFull>(bias, num_experts, biases);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) scores[i] = SqrtSoftplus(scores[i]);
-  RouteToken<kTopK>(scores, biases, num_experts, top_k, scale, shared[warp],
-                    weights + token * top_k, ids + token * top_k);
+    for (int i = 0; i < kPerLane; ++i) scores[i] = SqrtSoftplus(scores[i]);
+    RouteToken<kTopK>(scores, biases, num_experts, top_k, scale, shared[warp],
+                      weights + int64_t{token} * top_k, ids + int64_t{token} * top_k);
+  }
 }
 
 template <int kTopK>
@@ -47,7 +51,7 @@ ffi::Error Impl(cudaStream_t stream, ffi::AnyBuffer logits, ffi::AnyBuffer bias,
   int64_t num_tokens = logits.element_count() / num_experts / num_biases;
   if (num_tokens == 0) return ffi::Error::Success();
   auto* kernel = top_k <= 6 ? KernelFor<6>(num_experts) : KernelFor<kMaxTopK>(num_experts);
-  dim3 grid((num_tokens + kWarps - 1) / kWarps, num_biases);
+  dim3 grid(std::min((num_tokens + kWarps - 1) / kWarps, int64_t{kMaxBlocks}), num_biases);
   kernel<<<grid, kWarps * kWarp, 0, stream>>>(
       logits.typed_data<float>(), bias.typed_data<float>(), num_tokens, num_experts, top_k, scale,
       weights->typed_data<float>(), ids->typed_data<int32_t>());

@@ -4,6 +4,7 @@
 
 #include "dsv4/topk.h"
 #include "topk.cuh"
+#include "topk_resident.cuh"
 
 namespace dsv4 {
 namespace {
@@ -67,20 +68,16 @@ cudaError_t LaunchShortRows(cudaStream_t stream, const Arguments& a) {
   return cudaGetLastError();
 }
 
-template <int kResident, bool kSorted>
-cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a, int cluster_size) {
-  constexpr auto kernel = SelectRows<kResident, kSorted>;
-  constexpr size_t kCandidateBytes = kCandidateCapacity<kResident> * 2 * sizeof(uint32_t);
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCandidateBytes);
-  if (allowed != cudaSuccess) return allowed;
+template <typename Kernel>
+cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, const Arguments& a,
+                           int64_t cluster, size_t shared_bytes) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(a.num_rows * cluster_size);
+  config.gridDim = static_cast<unsigned>(a.num_rows * cluster);
   config.blockDim = kSelectThreads;
-  config.dynamicSmemBytes = kCandidateBytes;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -88,24 +85,53 @@ cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a, int cluster_size
                             static_cast<uint32_t>(a.k), a.values, a.indices);
 }
 
+template <int kResident, bool kSorted>
+cudaError_t LaunchResidentRows(cudaStream_t stream, const Arguments& a, int64_t cluster) {
+  constexpr auto kernel = resident::SelectResidentRows<kResident, kSorted>;
+  constexpr size_t kBytes = resident::kCandidateCapacity<kResident> * 2 * sizeof(uint32_t);
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  return LaunchClusters(stream, kernel, a, cluster, kBytes);
+}
+
 template <bool kSorted>
-cudaError_t LaunchLongRows(cudaStream_t stream, const Arguments& a) {
+cudaError_t LaunchStreamedRows(cudaStream_t stream, const Arguments& a, int64_t sm_count) {
+  constexpr auto kernel = SelectRows<kSorted>;
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SelectShared));
+  if (allowed != cudaSuccess) return allowed;
+  // Until a block has one chunk, all blocks run at the same time, or candidates do not fit.
+  int64_t cluster = 1;
+  while (2 * cluster <= kMaxCluster && cluster * kChunk < a.n &&
+         2 * cluster * a.num_rows <= kBlocksPerSm * sm_count && 2 * cluster * a.k <= kCapacity) {
+    cluster *= 2;
+  }
+  return LaunchClusters(stream, kernel, a, cluster, sizeof(SelectShared));
+}
+
+template <bool kSorted>
+cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a) {
   constexpr int kFew = 16, kMany = 64;
   int sm_count = 0, device = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
   // Few rows are spread until a thread has few elements, many only as far as registers demand.
   // Clusters do not fit on all multiprocessors: a quarter is left to be on the safe side.
-  auto holds = [&](int cluster, int resident) {
-    return int64_t{cluster} * resident * kSelectThreads >= a.n;
+  auto holds = [&](int64_t cluster, int resident) {
+    return cluster * resident * kSelectThreads >= a.n;
   };
-  int cluster = 1;
+  int64_t cluster = 1;
   while (cluster < kMaxCluster && !holds(cluster, kFew) &&
          (8 * cluster * a.num_rows <= 3 * sm_count || !holds(cluster, kMany))) {
     cluster *= 2;
   }
-  return holds(cluster, kFew) ? LaunchRows<kFew, kSorted>(stream, a, cluster)
-                              : LaunchRows<kMany, kSorted>(stream, a, cluster);
+  // Rows of one chunk, rows that registers do not hold, and those for which blocks would wait.
+  if (a.n <= kChunk || !holds(cluster, kMany) || cluster * a.num_rows > sm_count) {
+    return LaunchStreamedRows<kSorted>(stream, a, sm_count);
+  }
+  return holds(cluster, kFew) ? LaunchResidentRows<kFew, kSorted>(stream, a, cluster)
+                              : LaunchResidentRows<kMany, kSorted>(stream, a, cluster);
 }
 
 ffi::Error TopkSelect(cudaStream_t stream, ffi::AnyBuffer scores, ffi::AnyBuffer lengths,
@@ -124,7 +150,7 @@ ffi::Error TopkSelect(cudaStream_t stream, ffi::AnyBuffer scores, ffi::AnyBuffer
   if (a.k <= kWarpK && a.n <= kWarpPerLane * kLanes) {
     return CudaStatus(LaunchShortRows<kWarpPerLane>(stream, a));
   }
-  return CudaStatus(sorted ? LaunchLongRows<true>(stream, a) : LaunchLongRows<false>(stream, a));
+  return CudaStatus(sorted ? LaunchRows<true>(stream, a) : LaunchRows<false>(stream, a));
 }
 
 }  // namespace

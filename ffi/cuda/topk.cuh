@@ -1,11 +1,12 @@
-// Radix selection of a row's k largest scores by one thread block or by a cluster of them.
+// Selection of a row's k largest scores by one thread block or by a cluster of them.
 //
-// A row is cut into one contiguous segment per warp, so that ranks in the order of indices are
-// prefix sums over warps. The keys of a segment stay in registers as far as they fit. A first
-// digit, counted in shared memory, leaves few candidates, which move to shared memory; two more
-// digits give the k-th largest key exactly. A digit whose bin is chosen whole ends the search.
-// Candidates that are too many stay where they are: slower, not less exact. Nothing depends on the
-// order in which threads run.
+// Blocks take consecutive parts of the row and read them in chunks. Scores that may be among the k
+// largest are kept in shared memory as candidates. The first bound is the least of as many groups'
+// largest keys as there are to choose; candidates that do not fit are pruned to the k best, whose
+// least is the next bound. At last each block prunes its candidates, and the first block gathers
+// and selects. A selection counts candidates in bins over their range: where the bin of the k-th
+// holds few, they are compared, else it is divided again. Nothing depends on the order in which
+// threads run.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,16 +19,14 @@ constexpr int kLanes = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / kLanes;
-constexpr int kMaxSelectK = 2048;
+constexpr int kBlocksPerSm = 2;
 constexpr int kMaxCluster = 8;
-constexpr uint32_t kAloneLength = 8192;  // rows that one block of a cluster selects from alone
-constexpr int kDigits = 3;
-constexpr int kBins = 2048;
-
-// The first bit of a digit, 11 + 11 + 10 bits from above.
-__device__ __forceinline__ constexpr int DigitShift(int digit) {
-  return digit < 0 ? 32 : digit == 0 ? 21 : digit == 1 ? 10 : 0;
-}
+constexpr int kMaxSelectK = 2048;
+constexpr int kPerThread = 16;
+constexpr uint32_t kChunk = kPerThread * kSelectThreads;
+constexpr uint32_t kCapacity = kMaxSelectK + kChunk;  // candidates
+constexpr int kBinBits = 10;
+constexpr int kBins = 1 << kBinBits;
 
 // Keys compare as unsigned integers in the order of the scores: absent ones, NaN, numbers.
 constexpr uint32_t kAbsent = 0, kNaN = 1;
@@ -43,6 +42,38 @@ __device__ __forceinline__ float ScoreOfKey(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
+// The larger the better: the key, and among equals the lower index.
+using Candidate = uint64_t;
+
+__device__ __forceinline__ Candidate MakeCandidate(uint32_t key, uint32_t index) {
+  return uint64_t{key} << 32 | ~index;
+}
+
+struct Best {
+  float* values;
+  int32_t* indices;
+
+  __device__ __forceinline__ void Store(uint32_t at, Candidate candidate) const {
+    values[at] = ScoreOfKey(candidate >> 32);
+    indices[at] = ~static_cast<uint32_t>(candidate);
+  }
+};
+
+struct SelectShared {
+  Candidate candidates[kCapacity];
+  Candidate chosen[kMaxSelectK];
+  Candidate members[kLanes];  // of one bin
+  uint32_t counts[kBins];
+  uint32_t num_members;
+  uint32_t warp_sums[2][kSelectWarps], warp_extremes[kSelectWarps];
+  uint32_t lowest[kMaxCluster], highest[kMaxCluster];  // keys of the blocks
+};
+
+// Candidates: none of the k best has a key below `lowest`, no key is above `highest`.
+struct Kept {
+  uint32_t count, lowest, highest;
+};
+
 __device__ __forceinline__ uint32_t WarpInclusiveSum(uint32_t x) {
   uint32_t lane = threadIdx.x % kLanes;
 #pragma unroll
@@ -53,106 +84,27 @@ __device__ __forceinline__ uint32_t WarpInclusiveSum(uint32_t x) {
   return x;
 }
 
-struct Tally {
-  uint32_t above, equal;
+struct Sums {
+  uint32_t before, total;
 };
 
-// What is chosen: keys above `key`, and the first `num_equal` of those equal to it.
-struct Threshold {
-  uint32_t key, num_equal;
-};
+// Of the threads' numbers. Every other call may have the same `warp_sums`.
+__device__ __forceinline__ Sums BlockSums(uint32_t mine, uint32_t* warp_sums) {
+  uint32_t lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  uint32_t up_to = WarpInclusiveSum(mine);
+  if (lane == kLanes - 1) warp_sums[warp] = up_to;
+  __syncthreads();
+  uint32_t other = lane < kSelectWarps ? warp_sums[lane] : 0;
+  return {up_to - mine + __reduce_add_sync(kWholeWarp, lane < warp ? other : 0),
+          __reduce_add_sync(kWholeWarp, other)};
+}
 
-// The blocks that share a row: the cluster, or one block alone.
-struct Team {
-  cooperative_groups::cluster_group cluster;
-  unsigned num_blocks, rank;
-
-  __device__ __forceinline__ bool Alone() const { return num_blocks == 1; }
-
-  __device__ __forceinline__ void Sync() const {
-    if (Alone()) {
-      __syncthreads();
-    } else {
-      cluster.sync();
-    }
-  }
-};
-
-struct SelectShared {
-  // The counts of the digits; then, where results are sorted, the chosen.
-  uint32_t total[kDigits][kBins];
-  uint32_t local[kBins];  // of this block, in a cluster
-  uint32_t warp_sums[kSelectWarps];
-  Tally warps[kSelectWarps];
-  Tally blocks[kMaxCluster];
-};
-
-// A warp's part of `length` elements: from `first` to `end`, in steps of a warp.
-struct Part {
-  uint32_t first, end;
-  int num_steps;
-
-  __device__ __forceinline__ Part(uint32_t length, uint32_t part, uint32_t num_parts) {
-    uint32_t size = (length + num_parts * kLanes - 1) / (num_parts * kLanes) * kLanes;
-    first = min(part * size, length);
-    end = min(first + size, length);
-    num_steps = (end - first + kLanes - 1) / kLanes;
-  }
-
-  __device__ __forceinline__ uint32_t At(int step) const {
-    return first + step * kLanes + threadIdx.x % kLanes;
-  }
-};
-
-// A warp's elements of a row.
-template <int kResident>
-struct Segment : Part {
-  const float* row;
-  uint32_t keys[kResident];
-
-  __device__ __forceinline__ Segment(const float* scores, const Part& part)
-      : Part(part), row(scores) {
-#pragma unroll
-    for (int step = 0; step < kResident; ++step) keys[step] = Load(step);
-  }
-
-  __device__ __forceinline__ uint32_t Load(int step) const {
-    return At(step) < end ? ScoreKey(__ldg(row + At(step))) : kAbsent;
-  }
-
-  // use(step, key), for all lanes together.
-  template <typename Use>
-  __device__ __forceinline__ void ForEach(Use use) const {
-#pragma unroll
-    for (int step = 0; step < kResident; ++step) {
-      if (step < num_steps) use(step, keys[step]);
-    }
-#pragma unroll 1
-    for (int step = kResident; step < num_steps; ++step) use(step, Load(step));
-  }
-
-  __device__ __forceinline__ uint32_t IndexOf(int step) const { return At(step); }
-};
-
-// A warp's candidates, in the order of their indices.
-struct Candidates : Part {
-  const uint32_t* keys;
-  const uint32_t* indices;
-
-  __device__ __forceinline__ Candidates(const uint32_t* keys, const uint32_t* indices,
-                                        const Part& part)
-      : Part(part), keys(keys), indices(indices) {}
-
-  template <typename Use>
-  __device__ __forceinline__ void ForEach(Use use) const {
-#pragma unroll 1
-    for (int step = 0; step < num_steps; ++step) {
-      use(step, At(step) < end ? keys[At(step)] : kAbsent);
-    }
-  }
-
-  __device__ __forceinline__ uint32_t IndexOf(int step) const { return indices[At(step)]; }
-};
+__device__ __forceinline__ uint32_t BlockMax(uint32_t mine, uint32_t* warp_maxima) {
+  mine = __reduce_max_sync(kWholeWarp, mine);
+  if (threadIdx.x % kLanes == 0) warp_maxima[threadIdx.x / kLanes] = mine;
+  __syncthreads();
+  return __reduce_max_sync(kWholeWarp, warp_maxima[threadIdx.x % kSelectWarps]);
+}
 
 struct Bin {
   uint32_t bin, above, count;
@@ -162,12 +114,11 @@ struct Bin {
 // thread finds it; the block is synchronised once.
 __device__ __forceinline__ Bin FindBin(const uint32_t* counts, uint32_t needed,
                                        uint32_t* warp_sums) {
-  constexpr int kPerWarp = kBins / kSelectWarps;
-  static_assert(kPerWarp == 4 * kLanes && kSelectWarps <= kLanes, "a lane sums four bins");
+  static_assert(kBins == 2 * kSelectThreads && kSelectWarps <= kLanes, "a lane sums two bins");
   int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const uint4* fours = reinterpret_cast<const uint4*>(counts);
-  uint4 four = fours[warp * kLanes + lane];
-  uint32_t sum = __reduce_add_sync(kWholeWarp, four.x + four.y + four.z + four.w);
+  const uint2* pairs = reinterpret_cast<const uint2*>(counts);
+  uint2 pair = pairs[threadIdx.x];
+  uint32_t sum = __reduce_add_sync(kWholeWarp, pair.x + pair.y);
   if (lane == 0) warp_sums[warp] = sum;
   __syncthreads();
 
@@ -177,242 +128,289 @@ __device__ __forceinline__ Bin FindBin(const uint32_t* counts, uint32_t needed,
   uint32_t above = __shfl_sync(kWholeWarp, until - part, crossing);
 
   int own = (kSelectWarps - 1 - crossing) * kLanes + kLanes - 1 - lane;
-  four = fours[own];
-  sum = four.x + four.y + four.z + four.w;
-  until = above + WarpInclusiveSum(sum);
+  pair = pairs[own];
+  until = above + WarpInclusiveSum(pair.x + pair.y);
   crossing = __ffs(__ballot_sync(kWholeWarp, until >= needed)) - 1;
-  Bin found{static_cast<uint32_t>(4 * own + 3), until - sum, four.w};
-  if (found.above + found.count < needed) found = {found.bin - 1, found.above + four.w, four.z};
-  if (found.above + found.count < needed) found = {found.bin - 1, found.above + four.z, four.y};
-  if (found.above + found.count < needed) found = {found.bin - 1, found.above + four.y, four.x};
+  Bin found{static_cast<uint32_t>(2 * own + 1), until - pair.x - pair.y, pair.y};
+  if (found.above + found.count < needed) found = {found.bin - 1, found.above + pair.y, pair.x};
   return {__shfl_sync(kWholeWarp, found.bin, crossing),
           __shfl_sync(kWholeWarp, found.above, crossing),
           __shfl_sync(kWholeWarp, found.count, crossing)};
 }
 
-// Adds the block's counts to the totals of every block of the cluster, and clears them.
-__device__ __forceinline__ void ShareCounts(const Team& team, uint32_t* local, uint32_t* total) {
+// The needed-th of at most a warp's members.
+__device__ __forceinline__ Candidate FindMember(const Candidate* members, int num_members,
+                                                uint32_t needed) {
+  int lane = threadIdx.x % kLanes;
+  Candidate mine = lane < num_members ? members[lane] : 0;
+  uint32_t rank = 1;
+  for (int i = 0; i < num_members; ++i) rank += members[i] > mine;
+  int last = __ffs(__ballot_sync(kWholeWarp, lane < num_members && rank == needed)) - 1;
+  return __shfl_sync(kWholeWarp, mine, last);
+}
+
+// The needed-th best of the candidates, which are so many or more, or what is between it and the
+// next.
+__device__ __forceinline__ Candidate FindLeast(SelectShared& shared, const Kept& kept,
+                                               uint32_t needed) {
+  Candidate lowest = uint64_t{kept.lowest} << 32;
+  int bits = 64 - __clz(kept.highest - kept.lowest);
+  while (true) {
+    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) shared.counts[i] = 0;
+    if (threadIdx.x == 0) shared.num_members = 0;
+    __syncthreads();
+    int shift = max(bits - kBinBits, 0);
+    uint64_t num_bins = uint64_t{1} << (bits - shift);
+    for (uint32_t i = threadIdx.x; i < kept.count; i += kSelectThreads) {
+      Candidate candidate = shared.candidates[i];
+      uint64_t bin = (candidate - lowest) >> shift;
+      if (candidate >= lowest && bin < num_bins) atomicAdd(&shared.counts[bin], 1u);
+    }
+    __syncthreads();
+    Bin found = FindBin(shared.counts, needed, shared.warp_extremes);
+    needed -= found.above;
+    lowest += uint64_t{found.bin} << shift;
+    bits = shift;
+    if (found.count == needed) return lowest;
+    if (found.count <= kLanes) break;
+    __syncthreads();
+  }
+  for (uint32_t i = threadIdx.x; i < kept.count; i += kSelectThreads) {
+    Candidate candidate = shared.candidates[i];
+    if (candidate >= lowest && (candidate - lowest) >> bits == 0) {
+      shared.members[atomicAdd(&shared.num_members, 1u)] = candidate;
+    }
+  }
+  __syncthreads();
+  return FindMember(shared.members, shared.num_members, needed);
+}
+
+// emit(position, candidate) for candidates from `least` on, except absent ones.
+template <typename Emit>
+__device__ __forceinline__ void EmitChosen(SelectShared& shared, uint32_t count, Candidate least,
+                                           Emit emit) {
+  uint32_t mine = 0;
+  for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) {
+    mine += shared.candidates[i] >= least;
+  }
+  uint32_t at = BlockSums(mine, shared.warp_sums[0]).before;
+  for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) {
+    Candidate candidate = shared.candidates[i];
+    if (candidate >= least) emit(at++, candidate);
+  }
+}
+
+// The k best of more candidates become all of them.
+__device__ __forceinline__ void Prune(SelectShared& shared, uint32_t k, Kept& kept) {
+  Candidate least = FindLeast(shared, kept, k);
+  EmitChosen(shared, kept.count, least,
+             [&](uint32_t at, Candidate candidate) { shared.chosen[at] = candidate; });
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < k; i += kSelectThreads) {
+    shared.candidates[i] = shared.chosen[i];
+  }
+  kept.count = k;
+  kept.lowest = least >> 32;
+  __syncthreads();
+}
+
+// A thread's part of a chunk: every warp has consecutive elements.
+struct Keys {
+  uint32_t keys[kPerThread], first_index;
+
+  __device__ __forceinline__ Keys(const float* row, uint32_t begin, uint32_t length) {
+    uint32_t per_warp = (length + kSelectThreads - 1) / kSelectThreads * kLanes;
+    uint32_t warp = threadIdx.x / kLanes, end = min((warp + 1) * per_warp, length);
+    uint32_t first = warp * per_warp + threadIdx.x % kLanes;
+    first_index = begin + first;
+    float scores[kPerThread];
+    // All loads are on their way together; predicates are too few for that.
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      scores[i] = __ldg(row + begin + min(first + i * kLanes, length - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      keys[i] = first + i * kLanes < end ? ScoreKey(scores[i]) : kAbsent;
+    }
+  }
+};
+
+// The least of k or more groups' largest keys: so many of the chunk are not below it.
+__device__ __forceinline__ uint32_t FirstLowest(const Keys& x, uint32_t k, uint32_t* warp_minima) {
+  constexpr int kMost = kMaxSelectK / kSelectThreads;  // groups of a thread
+  static_assert(kMost == 4, "");
+  uint32_t largest[kMost];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    largest[i % kMost] = i < kMost ? x.keys[i] : max(largest[i % kMost], x.keys[i]);
+  }
+  uint32_t least = min(min(largest[0], largest[1]), min(largest[2], largest[3]));
+  if (k <= 2 * kSelectThreads) {
+    least = min(max(largest[0], largest[1]), max(largest[2], largest[3]));
+  }
+  if (k <= kSelectThreads) {
+    least = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+    for (uint32_t size = 1; size < kLanes && 2 * size * k <= kSelectThreads; size *= 2) {
+      least = max(least, __shfl_xor_sync(kWholeWarp, least, size));
+    }
+  }
+  return max(~BlockMax(~least, warp_minima), kNaN);
+}
+
+// Candidates from row[begin, end).
+__device__ __forceinline__ Kept KeepCandidates(SelectShared& shared, const float* row,
+                                               uint32_t begin, uint32_t end, uint32_t k) {
+  Kept kept = {0, kNaN, kNaN};
+  uint32_t lowest = kNaN, highest = kNaN;  // `highest` is of this thread
+  bool turn = false;
 #pragma unroll 1
-  for (int bin = threadIdx.x; bin < kBins; bin += kSelectThreads) {
-    uint32_t count = local[bin];
-    if (count == 0) continue;
-    local[bin] = 0;
-    for (unsigned rank = 0; rank < team.num_blocks; ++rank) {
-      atomicAdd(team.cluster.map_shared_rank(total, rank) + bin, count);
+  for (uint32_t chunk = begin; chunk < end; chunk += kChunk) {
+    const Keys x(row, chunk, min(kChunk, end - chunk));
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) highest = max(highest, x.keys[i]);
+    if (chunk == begin) {
+      kept.lowest = lowest = FirstLowest(x, k, shared.warp_extremes);
     }
+    bool stored;
+    do {
+      uint32_t passing = 0;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) passing += x.keys[i] >= lowest;
+      Sums sums = BlockSums(passing, shared.warp_sums[turn]);
+      turn = !turn;
+      stored = kept.count + sums.total <= kCapacity;
+      if (stored) {
+        uint32_t at = kept.count + sums.before;
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) {
+          if (x.keys[i] >= lowest) {
+            shared.candidates[at++] = MakeCandidate(x.keys[i], x.first_index + i * kLanes);
+          }
+        }
+        kept.count += sums.total;
+      }
+      // The first chunk gives a good bound for the others.
+      if (!stored || (chunk == begin && end - chunk > kChunk && kept.count > k)) {
+        kept.highest = BlockMax(highest, shared.warp_extremes);
+        Prune(shared, k, kept);
+        lowest = kept.lowest + 1;  // Of equals the earlier are chosen.
+      }
+    } while (!stored);
+  }
+  kept.highest = BlockMax(highest, shared.warp_extremes);
+  return kept;
+}
+
+// The blocks' k best become the candidates of the first block.
+__device__ __forceinline__ void GatherCandidates(const cooperative_groups::cluster_group& cluster,
+                                                 SelectShared& shared, uint32_t k, Kept& kept) {
+  const uint32_t rank = cluster.block_rank(), num_blocks = cluster.num_blocks();
+  Candidate least = 1;
+  if (kept.count > k) {
+    if (rank == 0) {
+      Prune(shared, k, kept);
+    } else {
+      least = FindLeast(shared, kept, k);
+    }
+  }
+  cluster.sync();  // The first block's are in their place.
+  SelectShared& first = *cluster.map_shared_rank(&shared, 0);
+  Candidate* place = first.candidates + rank * k;
+  if (rank != 0) {
+    EmitChosen(shared, kept.count, least,
+               [&](uint32_t at, Candidate candidate) { place[at] = candidate; });
+  }
+  for (uint32_t i = kept.count + threadIdx.x; i < k; i += kSelectThreads) place[i] = 0;
+  if (threadIdx.x == 0) {
+    first.lowest[rank] = kept.lowest;
+    first.highest[rank] = kept.highest;
+  }
+  cluster.sync();
+  if (rank != 0) return;
+  kept.count = num_blocks * k;
+  for (uint32_t i = 1; i < num_blocks; ++i) {
+    // Each block with a lowest key has k from there on.
+    kept.lowest = max(kept.lowest, shared.lowest[i]);
+    kept.highest = max(kept.highest, shared.highest[i]);
   }
 }
 
-// Counts a digit of the keys that begin with `prefix` and finds the bin of the needed-th largest.
-template <int kDigit, typename Source>
-__device__ __forceinline__ Bin FindDigit(const Team& team, const Source& source, uint32_t prefix,
-                                         uint32_t needed, SelectShared& shared) {
-  constexpr int kShift = DigitShift(kDigit), kAbove = DigitShift(kDigit - 1);
-  constexpr uint32_t kMask = (1u << (kAbove - kShift)) - 1;
-  uint32_t* counts = team.Alone() ? shared.total[kDigit] : shared.local;
-  source.ForEach([&](int, uint32_t key) {
-    if (kDigit == 0 || key >> (kAbove % 32) == prefix) {
-      atomicAdd(counts + (key >> kShift & kMask), 1u);
+// The first `size` of x, a multiple of the threads, in descending order.
+__device__ __forceinline__ void BitonicSort(Candidate* x, uint32_t size) {
+  constexpr int kMost = kMaxSelectK / kSelectThreads;
+  Candidate mine[kMost];
+  auto for_mine = [&](auto use) {
+#pragma unroll
+    for (int m = 0; m < kMost; ++m) {
+      uint32_t i = m * kSelectThreads + threadIdx.x;
+      if (i < size) use(mine[m], i);
     }
-  });
-  __syncthreads();
-  if (!team.Alone()) {
-    ShareCounts(team, shared.local, shared.total[kDigit]);
-    team.Sync();
-  }
-  return FindBin(shared.total[kDigit], needed, shared.warp_sums);
-}
-
-// The exact threshold within the first digit's bin, of which `needed` keys are chosen.
-template <typename Source>
-__device__ __forceinline__ Threshold Refine(const Team& team, const Source& source, Bin first,
-                                            uint32_t needed, SelectShared& shared) {
-  uint32_t prefix = first.bin;
-  if (first.count == needed) return {max(prefix << DigitShift(0), kNaN), needed};
-  Bin found = FindDigit<1>(team, source, prefix, needed, shared);
-  prefix = prefix << (DigitShift(0) - DigitShift(1)) | found.bin;
-  needed -= found.above;
-  if (found.count == needed) return {max(prefix << DigitShift(1), kNaN), needed};
-  found = FindDigit<2>(team, source, prefix, needed, shared);
-  return {prefix << (DigitShift(1) - DigitShift(2)) | found.bin, needed - found.above};
-}
-
-// The sum of the warps' numbers before this one's, and of all of the block's.
-__device__ __forceinline__ uint2 BlockPrefix(uint32_t mine, SelectShared& shared) {
-  int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  if (lane == 0) shared.warp_sums[warp] = mine;
-  __syncthreads();
-  uint32_t other = lane < kSelectWarps ? shared.warp_sums[lane] : 0;
-  return {__reduce_add_sync(kWholeWarp, lane < warp ? other : 0),
-          __reduce_add_sync(kWholeWarp, other)};
-}
-
-// Moves the keys from `lowest` on, if they are no more than `capacity`; returns how many they are.
-template <typename Source>
-__device__ __forceinline__ uint32_t MoveCandidates(const Source& source, uint32_t lowest,
-                                                   uint32_t capacity, uint32_t* keys,
-                                                   uint32_t* indices, SelectShared& shared) {
-  uint32_t count = 0, lower_lanes = (1u << threadIdx.x % kLanes) - 1;
-  source.ForEach([&](int, uint32_t key) { count += key >= lowest; });
-  __syncthreads();  // FindBin has read warp_sums
-  uint2 prefix = BlockPrefix(__reduce_add_sync(kWholeWarp, count), shared);
-  uint32_t at = prefix.x, total = prefix.y;
-  if (total > capacity) return total;
-  source.ForEach([&](int step, uint32_t key) {
-    uint32_t kept = __ballot_sync(kWholeWarp, key >= lowest);
-    if (kept == 0) return;
-    if (key >= lowest) {
-      keys[at + __popc(kept & lower_lanes)] = key;
-      indices[at + __popc(kept & lower_lanes)] = source.IndexOf(step);
-    }
-    at += __popc(kept);
-  });
-  __syncthreads();
-  return total;
-}
-
-// How many keys above the threshold and equal to it come before the warp's.
-__device__ __forceinline__ Tally Before(const Team& team, Tally mine, SelectShared& shared) {
-  unsigned lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  if (lane == 0) shared.warps[warp] = mine;
-  __syncthreads();
-  Tally other = lane < kSelectWarps ? shared.warps[lane] : Tally{0, 0};
-  uint32_t earlier = lane < warp ? kWholeWarp : 0;
-  Tally before{__reduce_add_sync(kWholeWarp, other.above & earlier),
-               __reduce_add_sync(kWholeWarp, other.equal & earlier)};
-  if (team.Alone()) return before;
-  Tally block{__reduce_add_sync(kWholeWarp, other.above),
-              __reduce_add_sync(kWholeWarp, other.equal)};
-  if (warp == 0 && lane < team.num_blocks) {
-    team.cluster.map_shared_rank(shared.blocks, lane)[team.rank] = block;
-  }
-  team.Sync();
-  Tally theirs = lane < team.rank ? shared.blocks[lane] : Tally{0, 0};
-  before.above += __reduce_add_sync(kWholeWarp, theirs.above);
-  before.equal += __reduce_add_sync(kWholeWarp, theirs.equal);
-  return before;
-}
-
-// emit(position, key, index) for what the block chooses, positions in the order of indices.
-template <typename Source, typename Emit>
-__device__ __forceinline__ void EmitChosen(const Team& team, const Source& source,
-                                           Threshold threshold, SelectShared& shared, Emit emit) {
-  Tally mine{0, 0};
-  source.ForEach([&](int, uint32_t key) {
-    mine.above += key > threshold.key;
-    mine.equal += key == threshold.key;
-  });
-  mine = {__reduce_add_sync(kWholeWarp, mine.above), __reduce_add_sync(kWholeWarp, mine.equal)};
-  Tally before = Before(team, mine, shared);
-  uint32_t lower_lanes = (1u << threadIdx.x % kLanes) - 1;
-  source.ForEach([&](int step, uint32_t key) {
-    uint32_t above = __ballot_sync(kWholeWarp, key > threshold.key);
-    uint32_t equal = __ballot_sync(kWholeWarp, key == threshold.key);
-    if ((above | equal) == 0) return;
-    uint32_t num_above = before.above + __popc(above & lower_lanes);
-    uint32_t num_equal = before.equal + __popc(equal & lower_lanes);
-    if (key > threshold.key || (key == threshold.key && num_equal < threshold.num_equal)) {
-      emit(num_above + min(num_equal, threshold.num_equal), key, source.IndexOf(step));
-    }
-    before.above += __popc(above);
-    before.equal += __popc(equal);
-  });
-}
-
-// Descending, by one block; size is a power of two.
-__device__ __forceinline__ void BitonicSort(uint64_t* x, uint32_t size) {
+  };
+  for_mine([&](Candidate& a, uint32_t i) { a = x[i]; });
   for (uint32_t run = 2; run <= size; run *= 2) {
     for (uint32_t stride = run / 2; stride > 0; stride /= 2) {
-      for (uint32_t pair = threadIdx.x; pair < size / 2; pair += kSelectThreads) {
-        uint32_t i = 2 * pair - (pair & (stride - 1)), j = i + stride;
-        uint64_t a = x[i], b = x[j];
-        if ((a < b) == ((i & run) == 0)) x[i] = b, x[j] = a;
+      bool across_warps = stride >= kLanes;
+      if (across_warps) {
+        __syncthreads();
+        for_mine([&](Candidate& a, uint32_t i) { x[i] = a; });
+        __syncthreads();
       }
-      __syncthreads();
+      for_mine([&](Candidate& a, uint32_t i) {
+        Candidate b = across_warps ? x[i ^ stride] : __shfl_xor_sync(kWholeWarp, a, stride);
+        bool takes_larger = ((i & stride) == 0) == ((i & run) == 0);
+        if ((a < b) == takes_larger) a = b;
+      });
     }
   }
+  __syncthreads();
+  for_mine([&](Candidate& a, uint32_t i) { x[i] = a; });
+  __syncthreads();
 }
 
-template <int kResident>
-constexpr uint32_t kCandidateCapacity = kResident <= 16 ? 4096 : 16384;
-
-template <int kResident, bool kSorted>
-__global__ void __launch_bounds__(kSelectThreads)
+template <bool kSorted>
+__global__ void __launch_bounds__(kSelectThreads, kBlocksPerSm)
     SelectRows(const float* __restrict__ scores, const int32_t* __restrict__ lengths, uint32_t n,
                uint32_t k, float* __restrict__ values, int32_t* __restrict__ indices) {
-  __shared__ __align__(16) SelectShared shared;
-  extern __shared__ uint32_t candidate_keys[];
-  constexpr uint32_t kCapacity = kCandidateCapacity<kResident>;
-  uint32_t* candidate_indices = candidate_keys + kCapacity;
+  extern __shared__ __align__(16) unsigned char memory[];
+  SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   const auto cluster = cooperative_groups::this_cluster();
-  Team team{cluster, cluster.num_blocks(), cluster.block_rank()};
-  const int64_t row = blockIdx.x / team.num_blocks;
+  uint32_t num_blocks = cluster.num_blocks(), rank = cluster.block_rank();
+  const int64_t row = blockIdx.x / num_blocks;
   const uint32_t length =
       lengths == nullptr ? n : min(static_cast<uint32_t>(max(__ldg(lengths + row), 0)), n);
-  if (length <= kAloneLength) {
-    if (team.rank != 0) return;
-    team.num_blocks = 1;
+  if (length <= kChunk) {
+    if (rank != 0) return;
+    num_blocks = 1;
   }
-  const unsigned warp = threadIdx.x / kLanes;
-  const Segment<kResident> segment(
-      scores + row * n,
-      Part(length, team.rank * kSelectWarps + warp, team.num_blocks * kSelectWarps));
-  values += row * k;
-  indices += row * k;
+  const Best best{values + row * k, indices + row * k};
 
-  for (int i = threadIdx.x; i < kBins; i += kSelectThreads) {
-    for (int digit = 0; digit < kDigits; ++digit) shared.total[digit][i] = 0;
-    shared.local[i] = 0;
+  const uint32_t size = (length + num_blocks - 1) / num_blocks, begin = min(rank * size, length);
+  Kept kept = KeepCandidates(shared, scores + row * n, begin, min(begin + size, length), k);
+  if (num_blocks > 1) {
+    GatherCandidates(cluster, shared, k, kept);
+    if (rank != 0) return;
   }
-  team.Sync();
-
-  const bool choosy = length > k;
-  Bin first{0, 0, 0};
-  if (choosy) first = FindDigit<0>(team, segment, 0, k, shared);
-  const uint32_t lowest = max(first.bin << DigitShift(0), kNaN);
-  const uint32_t num_candidates =
-      MoveCandidates(segment, lowest, kCapacity, candidate_keys, candidate_indices, shared);
-
-  // The larger key first; among equals the lower index.
-  static_assert(sizeof(uint64_t) * kMaxSelectK <= sizeof(shared.total));
-  uint64_t* chosen = reinterpret_cast<uint64_t*>(shared.total);
-  uint64_t* gathered = team.Alone() ? chosen : cluster.map_shared_rank(chosen, 0);
-  auto select_from = [&](const auto& source) {
-    Threshold threshold{kAbsent, 0};  // all
-    if (choosy) threshold = Refine(team, source, first, k - first.above, shared);
-    EmitChosen(team, source, threshold, shared, [&](uint32_t at, uint32_t key, uint32_t index) {
-      if (kSorted) {
-        gathered[at] = uint64_t{key} << 32 | ~index;
-      } else {
-        values[at] = ScoreOfKey(key);
-        indices[at] = index;
-      }
-    });
-  };
-  if (num_candidates <= kCapacity) {
-    select_from(Candidates(candidate_keys, candidate_indices,
-                           Part(num_candidates, warp, kSelectWarps)));
-  } else {
-    select_from(segment);
-  }
-
-  if (!kSorted) {
-    for (uint32_t i = length + team.rank * kSelectThreads + threadIdx.x; i < k;
-         i += team.num_blocks * kSelectThreads) {
-      values[i] = -INFINITY;
-      indices[i] = -1;
+  const Candidate least = length > k ? FindLeast(shared, kept, k) : 1;
+  EmitChosen(shared, kept.count, least, [&](uint32_t at, Candidate candidate) {
+    if (kSorted) {
+      shared.chosen[at] = candidate;
+    } else {
+      best.Store(at, candidate);
     }
-    return;
+  });
+
+  const uint32_t found = min(length, k);
+  if (kSorted) {
+    const uint32_t padded = max(2u << (31 - __clz((k - 1) | 1)), kSelectThreads);
+    for (uint32_t i = found + threadIdx.x; i < padded; i += kSelectThreads) shared.chosen[i] = 0;
+    __syncthreads();
+    BitonicSort(shared.chosen, padded);
+    for (uint32_t i = threadIdx.x; i < found; i += kSelectThreads) best.Store(i, shared.chosen[i]);
   }
-  const uint32_t padded_k = 2u << (31 - __clz((k - 1) | 1));
-  for (uint32_t i = min(length, k) + threadIdx.x; i < padded_k; i += kSelectThreads) chosen[i] = 0;
-  team.Sync();
-  if (team.rank != 0) return;
-  BitonicSort(chosen, padded_k);
-  for (uint32_t i = threadIdx.x; i < k; i += kSelectThreads) {
-    uint64_t best = chosen[i];
-    values[i] = best == 0 ? -INFINITY : ScoreOfKey(best >> 32);
-    indices[i] = best == 0 ? -1 : static_cast<int32_t>(~static_cast<uint32_t>(best));
+  for (uint32_t i = found + threadIdx.x; i < k; i += kSelectThreads) {
+    best.values[i] = -INFINITY;
+    best.indices[i] = -1;
   }
 }
 

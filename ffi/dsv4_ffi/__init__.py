@@ -33,12 +33,24 @@ def call(
     """
     if (reason := _obstacle(name)) is not None:
         raise NotImplementedError(f"{name}: {reason}")
-    return jax.ffi.ffi_call(
+    results = jax.ffi.ffi_call(
         f"dsv4_{name}",
         result_shape_dtypes,
         vmap_method=vmap_method,
         input_output_aliases=dict(aliases or {}),
     )(*arrays, **attributes)
+    # Within shard_map, results differ from shard to shard where an operand does.
+    varying = frozenset[str]().union(*map(_varying, arrays))
+    return jax.tree.map(lambda result: _vary(result, varying), results)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing_axes = tuple(axes - _varying(x))
+    return jax.lax.pcast(x, missing_axes, to="varying") if missing_axes else x
 
 
 def _obstacle(name: str) -> str | None:
