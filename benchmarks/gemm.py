@@ -1,6 +1,11 @@
 """Products with packed weights: ours, the best kernels known, and the floor.
 
 python -m benchmarks.gemm [--quick]
+
+What bounds up to 64 rows, measured on an H200: a kernel that only reads 8.7 MB takes 3.4 us with
+plain loads, 4.1 to 5.5 us with bulk copies, an empty one 0.65 us. Beyond that FP4 weights are bound
+by the issue of instructions, not by memory: 250 for each warp's 16 x 128 weights, twice what their
+bytes leave time for at the rate of one instruction in two clocks that profiles show.
 """
 
 import sys

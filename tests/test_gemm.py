@@ -227,6 +227,22 @@ def test_the_output_head(num_rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [9, 16, 20, 33, 64])
+def test_segments_of_two_formats(num_rows):
+    """FP8 and bfloat16 weights, up to 64 rows: one launch."""
+    x = inputs((num_rows, 4096))
+    plan = [("fp8_block", 1000), ("bf16", 72), ("fp8_block", 512), ("bf16", 512)]
+    segments, expected = [], []
+    for seed, (weight_format, n) in enumerate(plan):
+        arrays, values = weight_arrays(weight_format, (n, 4096), seed, spread=3)
+        rounds = weight_format == "fp8_block"
+        segments.append(Segment(tile(weight_format, arrays), rounds, jnp.float32))
+        expected.append((rounded(x) if rounds else float64(x)) @ values.T)
+    for y, e in zip(projections(x, segments, implementation="ffi"), expected, strict=True):
+        assert error(y, e) <= 1e-5
+
+
+@pytest.mark.gpu
 def test_equal_calls_give_equal_bits():
     weight = tile("nvfp4", weight_arrays("nvfp4", (4096, 4096))[0])
     for num_rows in (1, 16, 64, 256):

@@ -17,6 +17,7 @@ A 32-bit word holds
 """
 
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,8 @@ _FROM_E5M3 = np.full(256, 0x7F, np.uint8)
 _FROM_E5M3[_TO_E5M3[:127]] = np.arange(127)
 
 
+# JAX builds this tree with leaves of its own kinds too; `no_type_check` lets them pass.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TiledWeight:

@@ -76,8 +76,7 @@ def projections(
 
     Weights are decoded exactly, products are accumulated in float32, multiplied by the weight's
     global scale and rounded once. From 65 rows on the CUDA kernel multiplies rounded inputs and
-    FP8 weights by FP8 units, whose sums over 128 inputs are coarser than float32. "ffi" takes
-    bfloat16 inputs with k a multiple of 8.
+    FP8 weights by FP8 units, see `coded_gemm`. "ffi" takes bfloat16 inputs with k a multiple of 8.
 
     Args:
         x: [..., k].

@@ -70,16 +70,21 @@ class TileValues {
   int64_t blocks_per_row_;
 };
 
-// Values to E4M3 and back, in groups of 128 with a power-of-two scale each.
+// The power-of-two scale of up to 128 values that become E4M3 codes.
+inline float RowScale(const float* values, int64_t count) {
+  uint32_t amax = BitCast<uint32_t>(1e-4f);  // As integers NaNs are above all numbers.
+  for (int64_t i = 0; i < count; ++i) {
+    amax = std::max(amax, BitCast<uint32_t>(values[i]) & 0x7fffffffu);
+  }
+  return DecodeE8m0(ScaleE8m0(BitCast<float>(amax), 1.0f / kLargestE4m3));
+}
+
+// Values to E4M3 and back, in groups of 128 with a scale each.
 inline void RoundRow(float* row, int64_t width) {
   constexpr int64_t kGroup = 128;
   for (int64_t begin = 0; begin < width; begin += kGroup) {
     const int64_t end = std::min(width, begin + kGroup);
-    uint32_t amax = BitCast<uint32_t>(1e-4f);  // As integers NaNs are above all numbers.
-    for (int64_t i = begin; i < end; ++i) {
-      amax = std::max(amax, BitCast<uint32_t>(row[i]) & 0x7fffffffu);
-    }
-    const float scale = DecodeE8m0(ScaleE8m0(BitCast<float>(amax), 1.0f / kLargestE4m3));
+    const float scale = RowScale(row + begin, end - begin);
     for (int64_t i = begin; i < end; ++i) {
       row[i] = DecodeE4m3(EncodeE4m3(row[i] / scale)) * scale;
     }

@@ -15,14 +15,13 @@ __device__ __forceinline__ float4 LoadFromRank(const float4* source, uint32_t ra
   return x;
 }
 
-// To the same offset in the shared memory of the blocks in `mask`, and the bytes to their barriers.
-__device__ __forceinline__ void LoadBulkToCluster(void* destination, const void* source,
-                                                  uint32_t bytes, uint64_t* barrier,
-                                                  uint16_t mask) {
+// To another block's shared memory, and the bytes to its barrier.
+__device__ __forceinline__ void StoreInCluster(uint32_t cluster_address, uint32_t cluster_barrier,
+                                               float x, float y, float z, float w) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(destination)),
-      "l"(source), "r"(bytes), "r"(SharedAddress(barrier)), "h"(mask)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(cluster_address),
+      "f"(x), "f"(y), "f"(z), "f"(w), "r"(cluster_barrier)
       : "memory");
 }
 

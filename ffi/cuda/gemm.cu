@@ -1,16 +1,17 @@
-// gemm: x Wᵀ for several tiled weights of the same input.
+// gemm: x Wᵀ for several tiled weights of the same input. coded_gemm: for one, of E4M3 codes.
 // Architectures: 90a 100f
 
 #include <algorithm>
 
+#include "decoded_launch_sm100.cuh"
+#include "dsv4/coded_inputs.h"
 #include "dsv4/gemm.h"
 #include "gemm_launch.cuh"
+#include "gemm_resident_launch.cuh"
+#include "gemm_tiled_launch.cuh"
 
 namespace dsv4 {
 namespace {
-
-// From so many rows on, FP8 inputs pay.
-constexpr int kMinFp8Rows = 65;
 
 int DeviceAttribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -58,77 +59,56 @@ cudaError_t Stream(const GemmCall& call, cudaStream_t stream) {
                             : Stream<2>(call, num_blocks, stream);
 }
 
-// The tile of input rows that costs least.
-template <WeightFormat format, int kTokens, int... kMore>
-cudaError_t TiledBest(const GemmSegment& gemm, const InputTiles& tiles, int num_blocks,
-                      cudaStream_t stream) {
-  const auto best = [&](int tokens) { return PlanTiled(gemm, tiles, tokens, num_blocks); };
-  const TiledPlan plan = best(kTokens);
-  if constexpr (sizeof...(kMore) > 0) {
-    if (std::min({best(kMore).cost...}) < plan.cost) {
-      return TiledBest<format, kMore...>(gemm, tiles, num_blocks, stream);
-    }
-  }
-  return LaunchTiled<format, kTokens>(gemm, tiles, plan, stream);
-}
-
-template <WeightFormat format>
-cudaError_t Tiled(const GemmSegment& gemm, const InputTiles& tiles, int num_blocks,
-                  cudaStream_t stream) {
-  if constexpr (format == WeightFormat::kFp8Block) {
-    if (gemm.round_input && tiles.codes != nullptr) {
-      const TiledPlan plan = PlanTiled(gemm, tiles, 128, num_blocks);
-      return LaunchTiled<format, 128, true>(gemm, tiles, plan, stream);
-    }
-  }
-  return TiledBest<format, 32, 64, 128, 256>(gemm, tiles, num_blocks, stream);
-}
-
-cudaError_t Tiled(const GemmCall& call, cudaStream_t stream) {
-  const int num_blocks = DeviceAttribute(cudaDevAttrMultiProcessorCount);
-  const InputTiles tiles = TilesOf(call, call.num_rows >= kMinFp8Rows);
-  cudaError_t status = LaunchTileInputs(tiles, stream);
-  for (const GemmSegment& gemm : call.segments) {
-    if (status != cudaSuccess) return status;
-    const auto run = [&](auto tiled) { status = tiled(gemm, tiles, num_blocks, stream); };
-    switch (gemm.format) {
-      case WeightFormat::kMxfp4: run(Tiled<WeightFormat::kMxfp4>); break;
-      case WeightFormat::kNvfp4: run(Tiled<WeightFormat::kNvfp4>); break;
-      case WeightFormat::kFp8Block: run(Tiled<WeightFormat::kFp8Block>); break;
-      case WeightFormat::kBf16: run(Tiled<WeightFormat::kBf16>); break;
-    }
-  }
-  return status;
-}
-
-// Where there is no wgmma: all rows, 16 at a time.
-cudaError_t StreamInSlices(const GemmCall& call, cudaStream_t stream) {
-  GemmCall slice = call;
-  for (int row = 0; row < call.num_rows; row += kMaxStreamedRows) {
-    slice.num_rows = std::min(kMaxStreamedRows, call.num_rows - row);
-    slice.x = call.x + int64_t{row} * call.num_groups * call.width;
-    for (size_t i = 0; i < call.segments.size(); ++i) {
-      const GemmSegment& segment = call.segments[i];
-      const int64_t bytes = int64_t{row} * segment.num_outputs * (segment.float_output ? 4 : 2);
-      slice.segments[i].output = static_cast<uint8_t*>(segment.output) + bytes;
-    }
-    const cudaError_t status = Stream(slice, stream);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
-}
-
 ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                 ffi::Span<const int32_t> formats, ffi::Span<const int32_t> rounded) {
   GemmCall call;
   DSV4_CHECK(ParseGemm(arguments, results, formats, rounded, call));
   if (call.num_rows == 0) return ffi::Error::Success();
   const bool hopper = DeviceAttribute(cudaDevAttrComputeCapabilityMajor) == 9;
-  const bool tiled = call.num_rows > kMaxStreamedRows && hopper;
-  return CudaStatus(tiled ? Tiled(call, stream) : StreamInSlices(call, stream));
+  const int num_blocks = DeviceAttribute(cudaDevAttrMultiProcessorCount);
+  cudaError_t status = cudaSuccess;
+  if (hopper && LaunchIfResident(call, num_blocks, stream, status)) return CudaStatus(status);
+  if (call.num_rows <= kMaxStreamedRows) return CudaStatus(Stream(call, stream));
+  if (hopper) return CudaStatus(Tiled(call, num_blocks, stream));
+  if (LaunchGemmSm100 != nullptr) return LaunchGemmSm100(stream, call);
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "gemm: this library is built for Hopper");
+}
+
+ffi::Error CodedGemm(cudaStream_t stream, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
+                     ffi::AnyBuffer weight_codes, ffi::AnyBuffer weight_scales,
+                     ffi::AnyBuffer global_scale, ffi::Result<ffi::AnyBuffer> output,
+                     int32_t format) {
+  GemmSegment segment;
+  DSV4_CHECK(ParseCodedGemm(codes, scales, weight_codes, weight_scales, global_scale, *output,
+                            format, segment));
+  if (DeviceAttribute(cudaDevAttrComputeCapabilityMajor) != 9) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented, "coded_gemm: the kernel is for Hopper");
+  }
+  InputTiles tiles = {};
+  tiles.num_rows = static_cast<int32_t>(output->dimensions()[0]);
+  tiles.num_groups = 1;
+  tiles.blocks_per_row = static_cast<int32_t>(codes.dimensions()[0]);
+  tiles.row_tiles = static_cast<int32_t>(codes.dimensions()[1]);
+  tiles.codes = static_cast<uint8_t*>(codes.untyped_data());
+  tiles.scales = scales.typed_data<float>();
+  if (tiles.num_rows == 0) return ffi::Error::Success();
+  return CudaStatus(
+      Tiled(segment, tiles, DeviceAttribute(cudaDevAttrMultiProcessorCount), stream));
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_coded_gemm, CodedGemm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int32_t>("format"),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_gemm, Gemm,
                               ffi::Ffi::Bind()

@@ -13,87 +13,40 @@ namespace dsv4 {
 
 constexpr int kTileBytes = 1024;
 
-struct InputTiles {
-  const uint16_t* x;
-  int32_t num_rows, num_groups, width;
-  int32_t blocks_per_row;  // of 128 inputs
-  int32_t row_tiles;       // of 8 rows
-  // Copies to make, or null.
-  uint8_t* plain;
-  uint8_t* rounded;
-  uint8_t* codes;
-  float* scales;  // of the codes, [groups, blocks of 128 inputs, rows]
+// Eight inputs of a row for each of sixteen lanes.
+struct InputShare {
+  uint4 values;
+  int64_t block;  // of 128 inputs, of all groups
+  int row, lane;
 };
 
-// Four lanes whose numbers differ in bits 2 and 3 transpose a 4 x 4 matrix of words.
-__device__ __forceinline__ void TransposeWords(uint4& words, int row) {
-  uint32_t(&w)[4] = reinterpret_cast<uint32_t(&)[4]>(words);
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    uint32_t received = __shfl_xor_sync(0xffffffffu, row & 1 ? w[i] : w[i + 1], 4);
-    (row & 1 ? w[i] : w[i + 1]) = received;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    uint32_t received = __shfl_xor_sync(0xffffffffu, row & 2 ? w[i] : w[i + 2], 8);
-    (row & 2 ? w[i] : w[i + 2]) = received;
-  }
-}
-
-// Sixteen lanes copy 128 inputs of a row.
-constexpr int kInputThreads = 256;
-__global__ void __launch_bounds__(kInputThreads) TileInputs(const InputTiles p) {
-  const int64_t item = (int64_t{blockIdx.x} * kInputThreads + threadIdx.x) / 16;
-  const int lane = threadIdx.x % 16, t = lane / 4;
-  const int block = item % p.blocks_per_row;
-  const int64_t rest = item / p.blocks_per_row;
-  const int group = rest % p.num_groups;
-  const int64_t row = rest / p.num_groups;
-  const bool inside = row < int64_t{p.row_tiles} * 8;
-  const int column = block * kBlockColumns + lane * 8;
-  uint4 values = {};
-  if (row < p.num_rows && column < p.width) {
-    values = __ldg(
-        reinterpret_cast<const uint4*>(p.x + (row * p.num_groups + group) * p.width + column));
-  }
-  // Transposed, lane 4 t + u holds step 2 u + t / 2, inputs 2 (t % 2) + {0, 1} of all t.
-  const int step = lane % 4 * 2 + t / 2, part = step % 4 * 2 + t % 2;
-  const int64_t tile =
-      ((int64_t{group} * p.blocks_per_row + block) * 2 + step / 4) * p.row_tiles + row / 8;
-  const int64_t offset = tile * kTileBytes + row % 8 * 128 + (part ^ row % 8) * 16;
-  const auto store = [&](uint8_t* copy, uint4 words) {
-    TransposeWords(words, t);
-    if (inside) *reinterpret_cast<uint4*>(copy + offset) = words;
-  };
-  if (p.plain != nullptr) store(p.plain, values);
-  if (p.rounded == nullptr && p.codes == nullptr) return;
+__device__ __forceinline__ uint32_t ScaleOfShare(uint4 values) {
   uint32_t amax = MaxMagnitude(MaxMagnitude(values.x, values.y), MaxMagnitude(values.z, values.w));
   amax = max(amax & 0xffffu, amax >> 16);
 #pragma unroll
   for (int distance = 1; distance < 16; distance *= 2) {
     amax = max(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
   }
-  const uint32_t scale = InputScale(amax);
-  if (p.rounded != nullptr) {
-    store(p.rounded, {RoundInput(values.x, scale), RoundInput(values.y, scale),
-                      RoundInput(values.z, scale), RoundInput(values.w, scale)});
-  }
-  if (p.codes == nullptr) return;
-  // The words of steps 2 u and 2 u + 1. Lanes of even t take the first of two lanes, the others the
-  // second.
+  return InputScale(amax);
+}
+
+// By all lanes of a warp, of which those that are not `inside` store nothing.
+__device__ __forceinline__ void StoreCodes(const InputShare& share, uint32_t scale, int row_tiles,
+                                           bool inside, uint8_t* codes, float* scales) {
+  const uint4 values = share.values;
+  const int t = share.lane / 4, row_in_tile = share.row % 8;
+  // The words of steps 2 u and 2 u + 1 of lane 4 t + u. Lanes of even t take the first of two
+  // lanes, the others the second.
   const uint2 words = {InputCodes(values.x, values.y, scale),
                        InputCodes(values.z, values.w, scale)};
   const uint32_t received = __shfl_xor_sync(0xffffffffu, t % 2 ? words.x : words.y, 4);
-  const int code_step = lane % 4 * 2 + t % 2;
-  const int64_t code_tile = (int64_t{group} * p.blocks_per_row + block) * p.row_tiles + row / 8;
+  const int step = share.lane % 4 * 2 + t % 2;
   if (!inside) return;
-  *reinterpret_cast<uint2*>(p.codes + code_tile * kTileBytes + row % 8 * 128 +
-                            (code_step ^ row % 8) * 16 + t / 2 * 8) =
+  const int64_t tile = share.block * row_tiles + share.row / 8;
+  *reinterpret_cast<uint2*>(codes + tile * kTileBytes + row_in_tile * 128 +
+                            (step ^ row_in_tile) * 16 + t / 2 * 8) =
       t % 2 ? uint2{received, words.y} : uint2{words.x, received};
-  if (lane == 0) {
-    p.scales[(int64_t{group} * p.blocks_per_row + block) * p.row_tiles * 8 + row] =
-        DecodeE8m0(scale);
-  }
+  if (share.lane == 0) scales[share.block * row_tiles * 8 + share.row] = DecodeE8m0(scale);
 }
 
 }  // namespace dsv4

@@ -53,6 +53,13 @@ __device__ __forceinline__ void ArriveInCluster(uint32_t barrier_cluster_address
                : "memory");
 }
 
+// Arrives at another block's barrier, to say that this thread has read what that block may
+// overwrite by asynchronous copies; publishing writes would cost a fence of the whole GPU.
+__device__ __forceinline__ void SignalInCluster(uint32_t barrier_cluster_address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_cluster_address)
+               : "memory");
+}
+
 __device__ __forceinline__ void WaitBarrier(uint64_t* barrier, uint32_t parity) {
   uint32_t ended;
   do {

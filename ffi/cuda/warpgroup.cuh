@@ -15,6 +15,9 @@ __device__ __forceinline__ void WaitProductsExcept() {
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), \
       "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define DSV4_ACC32(i) DSV4_ACC8(i), DSV4_ACC8(i + 8), DSV4_ACC8(i + 16), DSV4_ACC8(i + 24)
+#define DSV4_REGISTERS_0_31                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define DSV4_REGISTERS_0_63                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -41,7 +44,17 @@ __device__ __forceinline__ void MultiplyAsync(float (&acc)[128], const Fragment&
                : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
 }
 
-// acc = a b, or += where `accumulate`, of 64 x 32 by 32 x 128 E4M3 codes.
+// acc = a b, or += where `accumulate`, of 64 x 32 by 32 x (2 * size of acc) E4M3 codes.
+__device__ __forceinline__ void MultiplyCodesAsync(float (&acc)[32], const uint4& a, uint64_t b,
+                                                   bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" DSV4_REGISTERS_0_31
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}"
+      : DSV4_ACC32(0)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(int{accumulate}));
+}
+
 __device__ __forceinline__ void MultiplyCodesAsync(float (&acc)[64], const uint4& a, uint64_t b,
                                                    bool accumulate) {
   asm volatile(
@@ -54,6 +67,7 @@ __device__ __forceinline__ void MultiplyCodesAsync(float (&acc)[64], const uint4
 
 #undef DSV4_REGISTERS_64_127
 #undef DSV4_REGISTERS_0_63
+#undef DSV4_REGISTERS_0_31
 #undef DSV4_ACC32
 #undef DSV4_ACC8
 

@@ -153,6 +153,49 @@ def _bulk_load_to_cluster(i):
     return run
 
 
+@_instruction("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16")
+def _store_transposed(i):
+    rows = address_reader_32(i.operands[0])
+    matrices = [reader(o, "u4") for o in i.operands[1].elements]
+
+    def run(warp, mask):
+        addresses = rows(warp)
+        for number, words in enumerate(matrices):
+            matrix = np.zeros((8, 8), "u2")
+            for half in range(2):
+                matrix[2 * _THREAD + half, _GROUP] = words(warp) >> 16 * half & 0xFFFF
+            for row in range(8):
+                address = int(addresses[8 * number + row])
+                if address % 16:
+                    raise RuntimeError(f"{i.text}: a row at {address:#x}, not a multiple of 16")
+                shared_view(warp, address, 16)[:] = matrix[row].view(np.uint8)
+
+    return run
+
+
+@_instruction("st.async.shared::cluster.mbarrier::complete_tx::bytes")
+def _store_in_cluster(i):
+    to, signal = address_reader_32(i.operands[0]), address_reader_32(i.operands[2])
+    values = [reader(o, "u4") for o in i.operands[1].elements]
+
+    def run(warp, mask):
+        words = np.stack([read(warp) for read in values], 1).astype("u4")
+        lanes_on = np.flatnonzero(mask)
+        targets = [shared_view(warp, int(to(warp)[lane]), 4 * len(values)) for lane in lanes_on]
+        barriers = signal(warp).copy()
+        for target in targets:
+            target[:] = GARBAGE_BYTE
+
+        def finish():
+            for target, lane in zip(targets, lanes_on, strict=True):
+                target[:] = words[lane].view(np.uint8)
+                barrier_at(warp, int(barriers[lane])).complete(len(target))
+
+        warp.block.cluster.copy_later(finish)
+
+    return run
+
+
 @_instruction("setmaxnreg", "wgmma.fence")
 def _nothing(i):
     return lambda warp, mask: None

@@ -41,6 +41,7 @@ def compiled(template, name, mutant=()):
     source = f"""
         #include "gemm_stream.cuh"
         #include "gemm_tiled.cuh"
+        #include "tile_inputs.cuh"
         namespace dsv4 {{ {template} }}
     """
     include = [FFI / "cuda", FFI / "include"]
@@ -130,7 +131,7 @@ def stream(problems, warps, row_tiles, stages, unit_warps_log2, blocks, seed=0, 
         )
 
 
-def tiled_product(problem, tokens, ranks=1, sharers=1, codes=False, seed=0, mutant=()):
+def tiled_product(problem, tokens, ranks=1, codes=False, clusters=2, seed=0, mutant=()):
     """The two kernels for many rows."""
     num_rows, groups, k = problem.x.shape
     n = problem.weight.shape[0]
@@ -144,32 +145,35 @@ def tiled_product(problem, tokens, ranks=1, sharers=1, codes=False, seed=0, muta
     shape = num_rows, groups, k, blocks, row_tiles
     x = memory.place(problem.x.view(np.uint16).reshape(-1))
     kernel = TILED.format(f"{ENUMERATORS[problem.weight.weight_format]}, {tokens}, {int(codes)}")
+    token_tiles = -(-num_rows // tokens)
     with hopper.instructions():
         launch(
             compiled(kernel, "TileInputs", mutant),
-            grid=(-(-row_tiles * 8 * groups * blocks // 16),),
+            grid=(row_tiles, -(-blocks // 4), groups),
             block=256,
             arguments=[struct.pack("<Q5i4x4Q", x, *shape, *copies)],
             memory=memory,
             seed=seed,
         )
         params = struct.pack(
-            "<2Q4i?7x",
+            "<2Q7i4x",
             sum(copies[:3]),
             copies[3],
             num_rows,
             row_tiles,
             blocks,
             n // groups,
-            sharers > 1,
+            token_tiles,
+            token_tiles * -(-n // 128),
+            ranks,
         )
         launch(
             compiled(kernel, "TiledGemm", mutant),
-            grid=(ranks * sharers, -(-num_rows // tokens), -(-n // (128 * sharers))),
+            grid=(ranks * clusters,),
             block=384,
             arguments=[problem.segment(memory) + params],
             memory=memory,
-            cluster=ranks * sharers,
+            cluster=ranks,
             dynamic_shared_bytes=SHARED_BYTES,
             seed=seed,
         )
@@ -203,18 +207,38 @@ def test_segments_of_several_formats():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "k", "ranks", "sharers"), [(35, 160, 1, 1), (19, 672, 4, 1), (43, 1288, 1, 2)]
+    ("shape", "ranks", "f32"),
+    [
+        ((35, 130, 160), 1, True),
+        ((19, 130, 672), 4, True),
+        ((43, 200, 264), 1, False),
+        ((19, 132, 672), 2, False),
+    ],
 )
-def test_many_rows(num_rows, k, ranks, sharers):
-    problem = Problem("mxfp4", num_rows, 130, k, round_input=True)
-    tiled_product(problem, 32, ranks, sharers)
+def test_many_rows(shape, ranks, f32):
+    problem = Problem("mxfp4", *shape, round_input=True, f32=f32)
+    tiled_product(problem, 32, ranks, clusters=1)
     problem.check()
 
 
-@pytest.mark.parametrize(("groups", "ranks", "sharers"), [(2, 2, 1), (1, 1, 2)])
-def test_products_of_codes(groups, ranks, sharers):
-    problem = Problem("fp8_block", 77, 256, 1160, groups, round_input=True, f32=False)
-    tiled_product(problem, 128, ranks, sharers, codes=True)
+def test_blocks_take_tile_after_tile():
+    problem = Problem("nvfp4", 40, 440, 264, f32=False)
+    tiled_product(problem, 32)
+    problem.check()
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "tokens", "groups", "ranks"),
+    [
+        ("fp8_block", 64, 2, 2),
+        ("fp8_block", 128, 1, 1),
+        ("fp8_block", 256, 1, 1),
+        ("mxfp4", 64, 1, 1),
+    ],
+)
+def test_products_of_codes(weight_format, tokens, groups, ranks):
+    problem = Problem(weight_format, 77, 128 * groups, 328, groups, round_input=True, f32=False)
+    tiled_product(problem, tokens, ranks, codes=True)
     problem.check()
 
 
@@ -235,24 +259,19 @@ MUTANTS = {
         "      Finish",
     ),
     "a stage is released before its products are done": (
-        "gemm_tiled.cuh",
+        "gemm_tiled_products.cuh",
         "        WaitProductsExcept<1>();",
         "        WaitProductsExcept<9>();",
     ),
     "a stage is filled before it is released": (
         "gemm_tiled.cuh",
-        "      WaitBarrierOfCluster(&shared.empty[position.slot], position.parity ^ 1);",
+        "      WaitBarrier(&shared.empty[position.slot], position.parity ^ 1);",
         "",
     ),
-    "a stage is released to its own block only": (
-        "gemm_tiled.cuh",
-        "} else if (lane < work.sharers) {\n      ArriveInCluster(ClusterAddress(empty, lane));",
-        "} else if (lane < work.sharers) {\n      Arrive(empty);",
-    ),
     "blocks add up before all are done": (
-        "gemm_tiled.cuh",
-        "    if (ranks > 1) {\n      SyncCluster();",
-        "    if (ranks > 1) {\n      SyncThreads(kConsumerBarrier, kConsumerThreads);",
+        "gemm_tiled_outputs.cuh",
+        "    SyncCluster();\n    const auto place",
+        "    SyncThreads(kConsumerBarrier, Base::kConsumerThreads);\n    const auto place",
     ),
 }
 
@@ -265,9 +284,9 @@ def test_mutants(mutant):
             stream([problem], 16, 2, 4, 2, 1, seed, mutant)
         else:
             problem = Problem("mxfp4", 19, 130, 2304)
-            adds_up = "SyncCluster" in mutant[1]
-            clusters = {"ranks": 2} if adds_up else {"sharers": 2}
-            tiled_product(problem, 32, **clusters, seed=seed, mutant=mutant)
+            adds_up = mutant[0] == "gemm_tiled_outputs.cuh"
+            ranks = 2 if adds_up else 1
+            tiled_product(problem, 32, ranks, clusters=1, seed=seed, mutant=mutant)
         return problem.error
 
     assert any(_fails(error, seed) for seed in range(3))
