@@ -19,7 +19,7 @@ from dsv4_jax.ops.product import product
 # The kernels' widths are multiples of it.
 _WIDTH_STEP = 256
 _MAX_KERNEL_EXPERTS = 1024
-_CAPABILITY = "9.0"
+_CAPABILITIES = ("9.0", "10.")
 # Rows of the kernels' smallest blocks of rows.
 _BLOCK_ROWS = 16
 
@@ -228,10 +228,10 @@ def _xla(
 def _check_kernel(name: str, x: Array, weight: TiledWeight, outputs: int, inputs: int) -> None:
     num_experts = weight.global_scale.shape[0]
     # Of CPUs, whose handlers take the same arguments, none is known.
-    capability = getattr(jax.local_devices()[0], "compute_capability", _CAPABILITY)
+    capability = getattr(jax.local_devices()[0], "compute_capability", _CAPABILITIES[0])
     obstacle = None
-    if capability != _CAPABILITY:
-        obstacle = f"devices of compute capability {_CAPABILITY}, not {capability}"
+    if not capability.startswith(_CAPABILITIES):
+        obstacle = f"devices of compute capability 9.0 or 10.x, not {capability}"
     elif x.dtype != jnp.bfloat16:
         obstacle = f"bfloat16 inputs, not {x.dtype}"
     elif weight.weight_format == "bf16":

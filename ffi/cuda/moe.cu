@@ -1,8 +1,9 @@
 // Architectures: 90a
-// moe_ffn and grouped_gemm on Hopper.
+// moe_ffn and grouped_gemm; the kernels here are Hopper's.
 
 #include "dsv4/moe.h"
 
+#include "decoded_launch_sm100.cuh"
 #include "moe_launch.cuh"
 
 namespace dsv4 {
@@ -46,6 +47,21 @@ ffi::Error Run(cudaStream_t stream, WeightFormat format, const ExpertCall& call,
   }
 }
 
+bool IsHopper() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+}
+
+ffi::Error OnlyHopper() {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "this library is built for Hopper");
+}
+
+ExpertWorkspace MemoryOf(ffi::AnyBuffer& workspace) {
+  return {workspace.untyped_data(), static_cast<int64_t>(workspace.size_bytes())};
+}
+
 Weight DeviceWeight(const ExpertWeight& weight) {
   return {weight.codes, weight.scales, weight.global_scale};
 }
@@ -57,6 +73,10 @@ ffi::Error MoeFfn(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
   MoeCall moe;
   DSV4_CHECK(ParseMoe(x, weights, expert_ids, valid, projections, *out, weight_format, limit,
                       round_input, moe));
+  if (!IsHopper()) {
+    return LaunchMoeSm100 != nullptr ? LaunchMoeSm100(stream, moe, MemoryOf(*workspace))
+                                     : OnlyHopper();
+  }
   ExpertCall call = {};
   call.routing = {moe.expert_ids, moe.valid, moe.weights, nullptr,
                   moe.num_tokens, moe.top_k, moe.num_experts};
@@ -78,6 +98,11 @@ ffi::Error GroupedGemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer gro
                        bool round_input) {
   GroupedGemmCall gemm;
   DSV4_CHECK(ParseGroupedGemm(x, group_sizes, weight, *out, weight_format, round_input, gemm));
+  if (!IsHopper()) {
+    return LaunchGroupedGemmSm100 != nullptr
+               ? LaunchGroupedGemmSm100(stream, gemm, MemoryOf(*workspace))
+               : OnlyHopper();
+  }
   ExpertCall call = {};
   call.routing = {nullptr, nullptr, nullptr, gemm.group_sizes, gemm.num_rows, 1, gemm.num_experts};
   call.x = gemm.x;

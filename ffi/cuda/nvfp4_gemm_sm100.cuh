@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "dsv4/nvfp4_plan_sm100.h"
+#include "cluster_sums_sm100.cuh"
 #include "mbarrier.cuh"
 #include "tcgen05.cuh"
 #include "tma.cuh"
@@ -20,7 +21,6 @@
 namespace dsv4::sm100 {
 
 constexpr uint32_t kProducerWarp = 0, kTensorWarp = 1, kFirstStoreWarp = 2;
-constexpr uint32_t kStoreThreads = 128;
 constexpr uint32_t kThreads = 32 * kFirstStoreWarp + kStoreThreads;
 
 struct Nvfp4Gemm {
@@ -69,25 +69,6 @@ struct Stages {
     return reinterpret_cast<float*>(base + Tile::kStages * Tile::kStageBytes);
   }
 };
-
-__device__ __forceinline__ uint32_t ClusterRank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ uint32_t ClusterSize() {
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-
-__device__ __forceinline__ void SyncCluster() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
 
 __device__ __forceinline__ int32_t WarpInclusiveSum(int32_t x) {
   int32_t lane = threadIdx.x % 32;
@@ -266,39 +247,6 @@ __device__ void Multiply(const Nvfp4Gemm& gemm, Shared<Tile<kTokens>>& shared,
   }
 }
 
-// Adds up the partial sums of the cluster's blocks: each block finishes its share of the columns.
-// A cluster has one tile, so nothing is exchanged twice. `finish` gets (column, sum).
-template <int32_t kTokens, typename Finish>
-__device__ void Exchange(Shared<Tile<kTokens>>& shared, float* exchange, uint32_t accumulator,
-                         Finish finish) {
-  int32_t rank = ClusterRank(), size = ClusterSize(), lane = threadIdx.x % kStoreThreads;
-  int32_t share = kTokens / size;
-  for (int32_t first = 0; first < kTokens; first += 32) {
-    float sums[32];
-    tcgen05::LoadColumns(accumulator + first, sums);
-#pragma unroll
-    for (int32_t i = 0; i < 32; ++i) {
-      int32_t column = first + i;
-      float* place = exchange + (rank * share + column % share) * kTileFeatures + lane;
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(
-                       ClusterAddress(place, column / share)),
-                   "f"(sums[i])
-                   : "memory");
-    }
-  }
-  for (int32_t other = 0; other < size; ++other) {
-    ArriveInCluster(ClusterAddress(&shared.exchanged, other));
-  }
-  WaitBarrierOfCluster(&shared.exchanged, 0);
-  for (int32_t i = 0; i < share; ++i) {
-    float sum = 0;
-    for (int32_t source = 0; source < size; ++source) {
-      sum += exchange[(source * share + i) * kTileFeatures + lane];
-    }
-    finish(rank * share + i, sum);
-  }
-}
-
 // Four warps. Sink is called with (token, feature, value) for every element of the output.
 template <int32_t kTokens, typename Sink>
 __device__ void Store(const Nvfp4Gemm& gemm, Shared<Tile<kTokens>>& shared, float* exchange,
@@ -324,7 +272,9 @@ __device__ void Store(const Nvfp4Gemm& gemm, Shared<Tile<kTokens>>& shared, floa
     WaitBarrier(&shared.accumulated[accumulators.slot], accumulators.parity);
     tcgen05::FenceAfterSync();
     if (T::kCanSplit && ClusterSize() > 1) {
-      if constexpr (T::kCanSplit) Exchange<kTokens>(shared, exchange, accumulator, finish);
+      if constexpr (T::kCanSplit) {
+        ExchangeSums<kTokens>(&shared.exchanged, exchange, accumulator, finish);
+      }
     } else {
       for (int32_t first = 0; first < kTokens; first += 32) {
         float sums[32];

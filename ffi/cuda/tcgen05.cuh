@@ -65,6 +65,19 @@ __device__ constexpr uint32_t Nvfp4Instruction(uint32_t rows_a, uint32_t rows_b)
   return kE2m1 << 7 | kE2m1 << 10 | rows_b / 8 << 17 | rows_a / 16 << 24;
 }
 
+// bfloat16 times bfloat16.
+__device__ constexpr uint32_t Bfloat16Instruction(uint32_t rows_a, uint32_t rows_b) {
+  constexpr uint32_t kFloat32 = 1, kBfloat16 = 1;
+  return kFloat32 << 4 | kBfloat16 << 7 | kBfloat16 << 10 | rows_b / 8 << 17 | rows_a / 16 << 24;
+}
+
+// E4M3 times E4M3 with UE8M0 scales, of a row's word of scales the one of `step`.
+__device__ constexpr uint32_t Mxfp8Instruction(uint32_t rows_a, uint32_t rows_b, uint32_t step) {
+  constexpr uint32_t kE4m3 = 0, kUe8m0 = 1;
+  return step << 4 | kE4m3 << 7 | kE4m3 << 10 | rows_b / 8 << 17 | kUe8m0 << 23 |
+         rows_a / 16 << 24 | step << 29;
+}
+
 // One block of swizzled scales, 128 rows x 4 groups = 512 bytes, to 4 columns of tensor memory:
 // row r's word at lane r % 32, column r / 32, and so for each quarter of the lanes.
 __device__ __forceinline__ void CopyScaleBlock(uint32_t address, const void* block) {
@@ -83,6 +96,29 @@ __device__ __forceinline__ void MultiplyNvfp4(uint32_t accumulator, uint64_t a, 
       " [%0], %1, %2, %3, [%4], [%5], accumulate;\n}" ::"r"(accumulator),
       "l"(a), "l"(b), "r"(instruction), "r"(scales_a), "r"(scales_b),
       "r"(static_cast<uint32_t>(accumulate))
+      : "memory");
+}
+
+// accumulator (+)= (A * scales of A) (B * scales of B)^T over 32 of K.
+__device__ __forceinline__ void MultiplyMxfp8(uint32_t accumulator, uint64_t a, uint64_t b,
+                                              uint32_t instruction, uint32_t scales_a,
+                                              uint32_t scales_b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %6, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32"
+      " [%0], %1, %2, %3, [%4], [%5], accumulate;\n}" ::"r"(accumulator),
+      "l"(a), "l"(b), "r"(instruction), "r"(scales_a), "r"(scales_b),
+      "r"(static_cast<uint32_t>(accumulate))
+      : "memory");
+}
+
+// accumulator (+)= A B^T over 16 of K.
+__device__ __forceinline__ void MultiplyBfloat16(uint32_t accumulator, uint64_t a, uint64_t b,
+                                                 uint32_t instruction, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %4, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, accumulate;\n}" ::"r"(accumulator),
+      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
       : "memory");
 }
 

@@ -31,25 +31,28 @@ std::map<const void*, std::string>& KernelNames() {
   return names;
 }
 
-std::vector<int64_t> parameter_offsets, parameter_sizes;  // the test's, from the PTX
+struct Parameters {
+  std::vector<int64_t> offsets, sizes;
+};
+
+std::map<std::string, Parameters> parameters_of_kernel;  // the test's, from the PTX
 PushedConfiguration pushed;
-Recorded recorded;
-int num_launches;
+std::vector<Recorded> recorded;
 
 void Record(const void* function, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
             void** arguments) {
-  recorded = {KernelNames()[function],
-              {grid.x, grid.y, grid.z},
-              {block.x, block.y, block.z},
-              {cluster.x, cluster.y, cluster.z},
-              shared_bytes,
-              {}};
-  for (size_t i = 0; i < parameter_sizes.size(); ++i) {
-    recorded.parameters.resize(parameter_offsets[i] + parameter_sizes[i]);
-    std::memcpy(recorded.parameters.data() + parameter_offsets[i], arguments[i],
-                parameter_sizes[i]);
+  recorded.push_back({KernelNames()[function],
+                      {grid.x, grid.y, grid.z},
+                      {block.x, block.y, block.z},
+                      {cluster.x, cluster.y, cluster.z},
+                      shared_bytes,
+                      {}});
+  const Parameters& parameters = parameters_of_kernel[recorded.back().kernel];
+  std::vector<uint8_t>& bytes = recorded.back().parameters;
+  for (size_t i = 0; i < parameters.sizes.size(); ++i) {
+    bytes.resize(parameters.offsets[i] + parameters.sizes[i]);
+    std::memcpy(bytes.data() + parameters.offsets[i], arguments[i], parameters.sizes[i]);
   }
-  ++num_launches;
 }
 
 CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -84,20 +87,21 @@ CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank
 extern "C" {
 
 // For the test.
-void expect_parameters(int count, const int64_t* offsets, const int64_t* sizes) {
-  parameter_offsets.assign(offsets, offsets + count);
-  parameter_sizes.assign(sizes, sizes + count);
+void expect_parameters(const char* kernel, int count, const int64_t* offsets,
+                       const int64_t* sizes) {
+  parameters_of_kernel[kernel] = {{offsets, offsets + count}, {sizes, sizes + count}};
 }
-int launches() { return num_launches; }
-const char* launched_kernel() { return recorded.kernel.c_str(); }
-const uint8_t* launched_parameters() { return recorded.parameters.data(); }
-void launched_shape(int64_t* shape) {
+void forget_launches() { recorded.clear(); }
+int launches() { return static_cast<int>(recorded.size()); }
+const char* launched_kernel(int launch) { return recorded[launch].kernel.c_str(); }
+const uint8_t* launched_parameters(int launch) { return recorded[launch].parameters.data(); }
+void launched_shape(int launch, int64_t* shape) {
   for (int i = 0; i < 3; ++i) {
-    shape[i] = recorded.grid[i];
-    shape[3 + i] = recorded.block[i];
-    shape[6 + i] = recorded.cluster[i];
+    shape[i] = recorded[launch].grid[i];
+    shape[3 + i] = recorded[launch].block[i];
+    shape[6 + i] = recorded[launch].cluster[i];
   }
-  shape[9] = recorded.shared_bytes;
+  shape[9] = recorded[launch].shared_bytes;
 }
 
 // What nvcc's host code calls.

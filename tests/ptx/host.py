@@ -44,40 +44,42 @@ def build(
 
 def run(
     host: HostLibrary, call: Callable[[], None], memory: GlobalMemory, *, seed: int = 0, **options
-) -> None:
-    """Executes the one launch that `call` makes."""
+) -> list[str]:
+    """Executes the launches that `call` makes, in their order; returns their kernels' names."""
     library = host.library
-    before = library.launches()
-    call()
-    name = _launched_name(library)
-    kernel = parse(host.ptx, name)
-    offsets, sizes = zip(*kernel.parameters, strict=True)
-    array = ctypes.c_int64 * len(sizes)
-    # Now that the kernel is known its parameters' sizes are, and the call is made once more.
-    library.expect_parameters(len(sizes), array(*offsets), array(*sizes))
-    call()
-    assert library.launches() == before + 2
-    shape = (ctypes.c_int64 * 10)()
-    library.launched_shape(shape)
-    library.launched_parameters.restype = ctypes.c_void_p
-    data = ctypes.string_at(library.launched_parameters(), kernel.parameter_bytes)
-    library.expect_parameters(0, None, None)
-    assert shape[4] == shape[5] == shape[7] == shape[8] == 1, "blocks and clusters along x only"
-    launch(
-        kernel,
-        grid=list(shape[:3]),
-        block=shape[3],
-        cluster=shape[6],
-        dynamic_shared_bytes=shape[9],
-        arguments=[data[o : o + s] for o, s in kernel.parameters],
-        memory=memory,
-        seed=seed,
-        **options,
-    )
-
-
-def _launched_name(library: ctypes.CDLL) -> str:
     library.launched_kernel.restype = ctypes.c_char_p
-    name = library.launched_kernel().decode()
+    library.launched_parameters.restype = ctypes.c_void_p
+    library.forget_launches()
+    call()
+    names = [library.launched_kernel(i).decode() for i in range(library.launches())]
+    kernels = {name: parse(host.ptx, _checked(name)) for name in set(names)}
+    for name, kernel in kernels.items():
+        offsets, sizes = zip(*kernel.parameters, strict=True)
+        array = ctypes.c_int64 * len(sizes)
+        library.expect_parameters(name.encode(), len(sizes), array(*offsets), array(*sizes))
+    # Now that the kernels are known their parameters' sizes are, and the call is made once more.
+    library.forget_launches()
+    call()
+    assert library.launches() == len(names)
+    for i, name in enumerate(names):
+        kernel, shape = kernels[name], (ctypes.c_int64 * 10)()
+        library.launched_shape(i, shape)
+        data = ctypes.string_at(library.launched_parameters(i), kernel.parameter_bytes)
+        assert shape[4] == shape[5] == shape[7] == shape[8] == 1, "blocks and clusters along x only"
+        launch(
+            kernel,
+            grid=list(shape[:3]),
+            block=shape[3],
+            cluster=shape[6],
+            dynamic_shared_bytes=shape[9],
+            arguments=[data[o : o + s] for o, s in kernel.parameters],
+            memory=memory,
+            seed=seed,
+            **options,
+        )
+    return names
+
+
+def _checked(name: str) -> str:
     assert re.fullmatch(r"\w+", name), name
     return name

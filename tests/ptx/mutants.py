@@ -7,7 +7,13 @@ from tests.ptx import nvfp4_gemm
 from tests.ptx.emulator import Deadlock, MemoryFault
 
 SEEDS = range(8)
-SOURCES = ("mbarrier.cuh", "tma.cuh", "tcgen05.cuh", "nvfp4_gemm_sm100.cuh")
+SOURCES = (
+    "mbarrier.cuh",
+    "tma.cuh",
+    "tcgen05.cuh",
+    "cluster_sums_sm100.cuh",
+    "nvfp4_gemm_sm100.cuh",
+)
 
 
 @functools.cache

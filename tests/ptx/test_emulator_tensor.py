@@ -168,6 +168,69 @@ def test_products_accumulate():
     np.testing.assert_array_equal(out, (once + a @ b.T).astype(np.float32))
 
 
+def swizzled_rows(data):
+    """[rows, 32] bytes as the first of 128, in the 128-byte swizzle."""
+    rows = np.zeros((len(data), 128), np.uint8)
+    for row, units in enumerate(data.reshape(-1, 2, 16)):
+        for unit in range(2):
+            place = (unit ^ row % 8) * 16
+            rows[row, place : place + 16] = units[unit]
+    return rows.reshape(-1)
+
+
+@pytest.mark.parametrize("scale_of_a", range(4))
+def test_products_of_codes_take_one_scale_of_four(scale_of_a):
+    rng = np.random.default_rng(scale_of_a)
+    scale_of_b = (scale_of_a + 1) % 4
+    parts, blocks, values = [], [], []
+    for rows, chosen in ((128, scale_of_a), (N, scale_of_b)):
+        codes = rng.integers(0, 0x7F, (rows, 32), np.uint8) | rng.choice([0, 0x80], (rows, 32))
+        scales = rng.integers(117, 137, (rows, 4), np.uint8)
+        block = np.full(512, 0xFF, np.uint8)
+        for row in range(rows):
+            start = row % 32 * 16 + row // 32 * 4
+            block[start : start + 4] = scales[row]
+        parts.append(swizzled_rows(codes.astype(np.uint8)))
+        blocks.append(block)
+        values.append(formats.E4M3[codes] * formats.E8M0[scales[:, chosen]][:, None])
+    instruction = (N // 8) << 17 | 1 << 23 | (128 // 16) << 24 | scale_of_a << 29 | scale_of_b << 4
+    product = MULTIPLY.format(instruction=instruction, accumulate=0)
+    product = product.replace("mxf4nvf4.block_scale.block16", "mxf8f6f4.block_scale.block32")
+    out = multiply(snippet(COPY_SCALES + product + COMMIT), data=np.concatenate(parts + blocks))
+    np.testing.assert_array_equal(out, (values[0] @ values[1].T).astype(np.float32))
+
+
+def test_products_of_bfloat16():
+    rng = np.random.default_rng(0)
+    bits = [rng.standard_normal((rows, 16)).astype(np.float32).view(np.uint32) >> 16
+            for rows in (128, N)]  # fmt: skip
+    a, b = ((half << 16).astype(np.uint32).view(np.float32).astype(np.float64) for half in bits)
+    parts = [swizzled_rows(half.astype(np.uint16).view(np.uint8)) for half in bits]
+    instruction = 1 << 4 | 1 << 7 | 1 << 10 | (N // 8) << 17 | (128 // 16) << 24
+    product = MULTIPLY.format(instruction=instruction, accumulate=0)
+    product = product.replace("mxf4nvf4.block_scale.block16", "f16")
+    product = product.replace("%r27, [%r24], [%r25],", "%r27,")
+    out = multiply(
+        snippet(product + COMMIT), data=np.concatenate([*parts, np.zeros(1024, np.uint8)])
+    )
+    np.testing.assert_array_equal(out, (a @ b.T).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "instruction"),
+    [("mxf8f6f4.block_scale.block32", 0), ("mxf8f6f4.block_scale.block32", 5 << 7 | 1 << 23),
+     ("f16", 1 << 7 | 1 << 10), ("f16", 1 << 4)],
+    ids=["scales not E8M0", "other codes", "sums in float16", "operands in float16"],
+)  # fmt: skip
+def test_other_formats_are_refused(kind, instruction):
+    body = COPY_SCALES + MULTIPLY.format(instruction=instruction, accumulate=0) + COMMIT
+    body = body.replace("mxf4nvf4.block_scale.block16", kind)
+    if kind == "f16":
+        body = body.replace("%r27, [%r24], [%r25],", "%r27,")
+    with pytest.raises(NotImplementedError, match="descriptor"):
+        multiply(snippet(body))
+
+
 def test_order_of_issue_is_the_order_of_execution():
     body = snippet(PRODUCT + COPY_SCALES + COMMIT)
     assert all(np.isnan(multiply(body, seed)).all() for seed in range(4))

@@ -99,17 +99,27 @@ def _obstacle() -> str | None:
     return None if available > 6 << 30 else "less than 6 GiB of memory are free"
 
 
-@pytest.fixture(scope="module", params=["ONE_BLOCK", "TWO_BLOCKS"])
-def cutlass(tmp_path_factory, request):
-    """With products of one block, and of pairs of blocks with multicast copies."""
+def _build_cutlass(tmp_path_factory, variant):
     headers = _cutlass_headers()
     return host.build(
-        [HERE / "cutlass_nvfp4.cu"],
+        [HERE / "cutlass_gemm.cu"],
         tmp_path_factory.mktemp("cutlass"),
         architecture="100a",
         include=[headers / "include", headers / "tools" / "util" / "include"],
-        flags=["--expt-relaxed-constexpr", f"-D{request.param}"],
+        flags=["--expt-relaxed-constexpr", f"-D{variant}"],
     )
+
+
+@pytest.fixture(scope="module", params=["ONE_BLOCK", "TWO_BLOCKS"])
+def cutlass(tmp_path_factory, request):
+    """With products of one block, and of pairs of blocks with multicast copies."""
+    return _build_cutlass(tmp_path_factory, request.param)
+
+
+@pytest.fixture(scope="module")
+def cutlass_codes(tmp_path_factory):
+    """With E4M3 codes and power-of-two scales."""
+    return _build_cutlass(tmp_path_factory, "MXFP8")
 
 
 @pytest.mark.skipif(_obstacle() is not None, reason=_obstacle() or "")
@@ -118,6 +128,11 @@ def cutlass(tmp_path_factory, request):
 def test_kernel_of_cutlass(cutlass, m, n, k, seed):
     rng = np.random.default_rng(seed)
     a, b = nvfp4_gemm.random_operand(rng, m, k), nvfp4_gemm.random_operand(rng, n, k)
+    _check_cutlass(cutlass, a, b, seed)
+
+
+def _check_cutlass(cutlass, a, b, seed):
+    (m, k), n = a.values.shape, len(b.values)
     out, workspace = np.zeros((m, n), np.uint16), np.zeros(1 << 20, np.uint8)
     memory = GlobalMemory()
     arrays = [a.packed, a.scales, b.packed, b.scales, out, workspace]
@@ -129,3 +144,23 @@ def test_kernel_of_cutlass(cutlass, m, n, k, seed):
     host.run(cutlass, call, memory, seed=seed, strict=False)
     got = (out.astype(np.uint32) << 16).view(np.float32)
     assert np.mean(got == formats.to_bfloat16(a.values @ b.values.T)) >= 0.9999
+
+
+def _random_codes(rng, rows, width):
+    """E4M3 codes with a power-of-two scale for each 32, swizzled like those of NVFP4."""
+    codes = rng.integers(0, 0x7F, (rows, width), np.uint8) | rng.choice([0, 0x80], (rows, width))
+    codes = codes.astype(np.uint8)
+    scales = rng.integers(117, 137, (rows, width // 32), np.uint8)
+    blocks = np.zeros((-(-rows // 128), -(-width // 128), 512), np.uint8)
+    row, group = np.indices(scales.shape)
+    blocks[row // 128, group // 4, row % 32 * 16 + row % 128 // 32 * 4 + group % 4] = scales
+    values = formats.E4M3[codes] * np.repeat(formats.E8M0[scales], 32, 1)
+    return nvfp4_gemm.Operand(codes, blocks, values)
+
+
+@pytest.mark.skipif(_obstacle() is not None, reason=_obstacle() or "")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 128), (200, 264, 416)])
+def test_codes_of_cutlass(cutlass_codes, m, n, k, seed):
+    rng = np.random.default_rng(seed)
+    _check_cutlass(cutlass_codes, _random_codes(rng, m, k), _random_codes(rng, n, k), seed)

@@ -59,7 +59,7 @@ PIPELINE_MUTANTS = [
 ]  # fmt: skip
 
 CLUSTER_MUTANTS = [
-    ("the sum is used before it is there", "WaitBarrierOfCluster(&shared.exchanged, 0);", ""),
+    ("the sum is used before it is there", "WaitBarrierOfCluster(exchanged, 0);", ""),
     ("a block is not told of the sums", "other < size; ++other", "other < size - 1; ++other"),
     ("sums overwrite each other", "(rank * share + column % share)", "(column % share)"),
     ("sums go to the wrong block", "ClusterAddress(place, column / share)",

@@ -15,10 +15,10 @@ kernel that forgets to wait gives wrong numbers or NaN under some seed, or all, 
 for what never comes ends in `Deadlock`, which names the place where each warp stands. Threads that
 end before their asynchronous operations, or without freeing tensor memory, are an error.
 
-**Block-scaled products** follow the layouts of the instruction: descriptors of shared memory, the
-128-byte swizzle as a function of the address, scales spread over lanes and columns of tensor
-memory and replicated four times. Products and sums are float64, rounded to float32 once an
-instruction.
+**Products**, of bfloat16 and block-scaled of E4M3 and E2M1, follow the layouts of the
+instruction: descriptors of shared memory, the 128-byte swizzle as a function of the address,
+scales spread over lanes and columns of tensor memory and replicated four times. Products and sums
+are float64, rounded to float32 once an instruction.
 
 **What it cannot see.** A missing proxy fence or a memory order that is too weak: all ordinary
 accesses happen at once and in one order. (`tcgen05.fence` is checked, by rule:

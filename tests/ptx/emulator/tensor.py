@@ -1,4 +1,5 @@
-"""Tensor memory and the tcgen05 instructions, with block-scaled products of E2M1 numbers.
+"""Tensor memory and the tcgen05 instructions, with products of bfloat16, and of block-scaled E4M3
+and E2M1 numbers.
 
 Order and fences. The products and copies of one block run in order of issue; `tcgen05.commit`
 arrives at a barrier after those before it. A launch is `strict` about what the ISA demands and
@@ -8,7 +9,9 @@ operation, and one that has loaded from tensor memory `tcgen05.fence::before_thr
 it arrives at a barrier of its block.
 """
 
+import dataclasses
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -178,64 +181,116 @@ def _issuing_blocks(i, warp) -> list:
     return warp.block.cluster.blocks[warp.block.rank : warp.block.rank + 2]
 
 
-class Nvfp4Instruction:
-    """The instruction descriptor of a block-scaled product."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What one product of a kind takes: 32 bytes of K of every row, with or without scales."""
 
-    def __init__(self, bits: int):
-        a_format, b_format = bits >> 7 & 7, bits >> 10 & 7
-        scale_ids, modes = bits >> 29 & 3 | bits >> 4 & 3, bits >> 13 & 15
-        if (a_format, b_format) != (1, 1) or scale_ids or modes or bits >> 31:
+    operand_format: int  # of both operands, in the instruction descriptor
+    width: int  # of K
+    scales_per_step: int  # bytes of a row's word of scales; the descriptor says where they begin
+    decode: Callable[[np.ndarray], np.ndarray]  # [rows, 32] bytes to [rows, width]
+
+    @property
+    def descriptor_mask(self) -> tuple[int, int]:
+        """(bits that this emulator knows, what those of formats and modes must be)."""
+        formats_bits = self.operand_format << 7 | self.operand_format << 10
+        sizes = 63 << 17 | 31 << 24
+        if not self.scales_per_step:
+            return sizes, formats_bits | _FLOAT32_RESULT << 4
+        ids = 0 if self.scales_per_step == 4 else 3 << 4 | 3 << 29
+        return sizes | 1 << 23 | ids, formats_bits
+
+
+_FLOAT32_RESULT = 1
+
+
+def _from_bfloat16(data: np.ndarray) -> np.ndarray:
+    return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+_E2M1, _E4M3, _BF16 = 1, 0, 1
+_KINDS = {
+    "kind::mxf4nvf4": Kind(_E2M1, 64, 4, lambda data: _E2M1_PAIRS[data].reshape(len(data), 64)),
+    "kind::mxf8f6f4": Kind(_E4M3, 32, 1, lambda data: formats.E4M3[data]),
+    "kind::f16": Kind(_BF16, 16, 0, _from_bfloat16),
+}
+# Of codes the only mode is the default.
+_SCALE_MODES = {4: {"block16", "scale_vec::4X"}, 1: {"block32", "scale_vec::1X", "block_scale"}}
+
+
+class ProductInstruction:
+    """The instruction descriptor of a product."""
+
+    def __init__(self, kind: Kind, bits: int):
+        known, expected = kind.descriptor_mask
+        if bits & ~known != expected:
             raise NotImplementedError(f"instruction descriptor {bits:#010x}")
         self.n = (bits >> 17 & 63) * 8
         self.m = (bits >> 24 & 31) * 16
         self.scales = formats.E8M0 if bits >> 23 & 1 else _UE4M3
+        self.scale_id_a, self.scale_id_b = bits >> 29 & 3, bits >> 4 & 3
+        if kind.scales_per_step == 1 and self.scales is _UE4M3:
+            raise NotImplementedError(f"instruction descriptor {bits:#010x}")
 
 
-def _scales(block, column: int, rows: int, table: np.ndarray) -> np.ndarray:
-    """[rows, 64]: of row r lane r % 32, column r / 32, one byte for 16 of K, in each quarter."""
+def _scales(block, column: int, rows: int, kind: Kind, table, first: int) -> np.ndarray:
+    """[rows, K]: of row r lane r % 32, column r / 32, a word of K scales, in each quarter."""
     memory = block.tensor_memory
     words = memory.words[:, memory.columns(column, -(-rows // 32))].reshape(4, 32, -1)
     if (words != words[0]).any():
         raise RuntimeError("scales are not the same in the four quarters of tensor memory")
     row_words = np.ascontiguousarray(words[0].T).reshape(-1)[:rows]
-    return np.repeat(table[row_words.view(np.uint8).reshape(rows, 4)], 16, 1)
+    count = kind.scales_per_step
+    row_bytes = row_words.view(np.uint8).reshape(rows, 4)[:, first * (count == 1) :][:, :count]
+    return np.repeat(table[row_bytes], kind.width // count, 1)
 
 
-def _codes(block, descriptor: MatrixDescriptor, rows: int) -> np.ndarray:
-    return _E2M1_PAIRS[block.shared[descriptor.places(rows, 32)]].reshape(rows, 64)
+def _values(block, descriptor: MatrixDescriptor, rows: int, kind: Kind) -> np.ndarray:
+    return kind.decode(block.shared[descriptor.places(rows, 32)])
 
 
 @instruction("tcgen05.mma")
 def _multiply(i):
-    if "kind::mxf4nvf4" not in i.parts or not {"block16", "scale_vec::4X"} & set(i.parts):
+    kind = next((_KINDS[part] for part in i.parts if part in _KINDS), None)
+    scaled = kind is not None and kind.scales_per_step
+    if kind is None or (scaled and not _SCALE_MODES[scaled] & set(i.parts)):
         raise NotImplementedError(f"instruction: {i.text}")
-    accumulator_at, scales_a_at, scales_b_at = (address_reader_32(i.operands[k]) for k in (0, 4, 5))
+    accumulator_at = address_reader_32(i.operands[0])
+    scales_at = [address_reader_32(o) for o in i.operands[4:6]] if scaled else []
     a_at, b_at = (reader(i.operands[k], "u8") for k in (1, 2))
-    descriptor, accumulate_at = reader(i.operands[3], "u4"), reader(i.operands[6], "pred")
+    descriptor, accumulate_at = reader(i.operands[3], "u4"), reader(i.operands[-1], "pred")
+    if len(i.operands) != (7 if scaled else 5):
+        raise NotImplementedError(f"instruction: {i.text}")
 
     def multiply(warp, mask):
         lane = only_lane(mask, i.text)
         warp.tensor_fences.check_after_sync(i.text)
         blocks = _issuing_blocks(i, warp)
-        product = Nvfp4Instruction(int(descriptor(warp)[lane]))
+        product = ProductInstruction(kind, int(descriptor(warp)[lane]))
         if product.m != 128 * len(blocks):
             raise NotImplementedError(f"{i.text}: {product.m} rows")
         first_lane, column = _split_address(int(accumulator_at(warp)[lane]))
         if first_lane:
             raise RuntimeError(f"{i.text}: the accumulator does not begin at lane 0")
-        _, scales_a = _split_address(int(scales_a_at(warp)[lane]) & 0x3FFFFFFF)
-        _, scales_b = _split_address(int(scales_b_at(warp)[lane]) & 0x3FFFFFFF)
+        columns = [_split_address(int(at(warp)[lane]) & 0x3FFFFFFF)[1] for at in scales_at]
         a = MatrixDescriptor(int(a_at(warp)[lane]))
         b = MatrixDescriptor(int(b_at(warp)[lane]))
         accumulate = bool(accumulate_at(warp)[lane])
 
         def finish():
             n = product.n
-            b_codes = np.concatenate([_codes(block, b, n // len(blocks)) for block in blocks])
+            b_rows = np.concatenate([_values(block, b, n // len(blocks), kind) for block in blocks])
             for block in blocks:
                 memory = block.tensor_memory
-                a_values = _codes(block, a, 128) * _scales(block, scales_a, 128, product.scales)
-                b_values = b_codes * _scales(block, scales_b, n, product.scales)
+                a_values, b_values = _values(block, a, 128, kind), b_rows
+                if scaled:
+                    a_column, b_column = columns
+                    a_values = a_values * _scales(
+                        block, a_column, 128, kind, product.scales, product.scale_id_a
+                    )
+                    b_values = b_values * _scales(
+                        block, b_column, n, kind, product.scales, product.scale_id_b
+                    )
                 total = np.einsum("ik,jk->ij", a_values, b_values)  # without BLAS: no threads
                 where = memory.columns(column, n)
                 if accumulate:

@@ -1,5 +1,6 @@
-// The NVFP4 GEMM that CUTLASS generates for sm_100, to check the emulator with:
-// out[m, n] = a[m, k] b[n, k]^T in bfloat16, operands in the layouts of nvfp4_quantize.
+// Block-scaled GEMMs that CUTLASS generates for sm_100, to check the emulator with:
+// out[m, n] = a[m, k] b[n, k]^T in bfloat16. Operands are NVFP4 in the layouts of nvfp4_quantize,
+// or E4M3 codes with power-of-two scales for 32 of k, swizzled likewise.
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
@@ -8,11 +9,23 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/util/packed_stride.hpp"
 
+using Out = cutlass::bfloat16_t;
+using RowMajor = cutlass::layout::RowMajor;
+using OneBlock = cute::Shape<cute::_1, cute::_1, cute::_1>;
+#if defined(MXFP8)
+using Operand = cutlass::mx_float8_t<cutlass::float_e4m3_t>;
+using Code = cutlass::float_e4m3_t;
+using Scale = cutlass::float_ue8m0_t;
+constexpr int kAlignment = 16;
+using Tile = cute::Shape<cute::_128, cute::_128, cute::_128>;
+using Cluster = OneBlock;
+using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecialized1SmMxf8f6f4Sm100;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized1Sm;
+#else
 using Operand = cutlass::nv_float4_t<cutlass::float_e2m1_t>;
 using Code = cutlass::float_e2m1_t;
 using Scale = cutlass::float_ue4m3_t;
-using Out = cutlass::bfloat16_t;
-using RowMajor = cutlass::layout::RowMajor;
+constexpr int kAlignment = 32;
 #ifdef TWO_BLOCKS
 using Tile = cute::Shape<cute::_256, cute::_128, cute::_256>;
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
@@ -20,9 +33,10 @@ using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecialized2SmNvf4Sm100;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized2Sm;
 #else
 using Tile = cute::Shape<cute::_128, cute::_128, cute::_256>;
-using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+using Cluster = OneBlock;
 using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecialized1SmNvf4Sm100;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized1Sm;
+#endif
 #endif
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
@@ -30,8 +44,8 @@ using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Out,
     RowMajor, 8, EpilogueSchedule>::CollectiveOp;
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, Operand, RowMajor, 32,
-    Operand, cutlass::layout::ColumnMajor, 32, float, Tile, Cluster,
+    cutlass::arch::Sm100, cutlass::arch::OpClassBlockScaledTensorOp, Operand, RowMajor,
+    kAlignment, Operand, cutlass::layout::ColumnMajor, kAlignment, float, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
         sizeof(typename Epilogue::SharedStorage))>,
     MainloopSchedule>::CollectiveOp;
