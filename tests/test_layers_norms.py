@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.layers.norms import RMSNorm, rms_normalize
+from dsv4_jax.layers.norms import RMSNorm
+from dsv4_jax.ops.norms import rms_normalize
 from tests.layers import assert_close, assert_rounded_once, load, run
 from tests.oracles.norms import rms_norm
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv4_jax.cache.state import Recent
+from dsv4_jax.cache.state import Recent, advance_ring
 
 OVERLAP_RATIO = 4
 OVERLAP_ROWS = 2 * OVERLAP_RATIO
@@ -75,6 +75,42 @@ def pool_overlapping(recent: Recent, completed: Completed) -> Float[Array, "b n 
     )
     weights = jax.nn.softmax(pooled[..., 1, :], axis=2)
     return (weights * pooled[..., 0, :]).sum(axis=2)
+
+
+def advance_overlapping(
+    tails: Float[Array, "l s 8 2 w2"],
+    layer: int,
+    start: Int[Array, "b"],
+    length: Int[Array, "b"],
+    rows: Float[Array, "b t 2 w2"],
+) -> tuple[Float[Array, "l s 8 2 w2"], Float[Array, "b n w"]]:
+    """Remembers the chunk's rows; (tails, what `pool_overlapping` makes of the old and the new)."""
+    (tails,), recent = advance_ring((tails,), layer, start, length, (rows,), OVERLAP_ROWS)
+    completed = Completed.by(start, length, rows.shape[1], OVERLAP_RATIO)
+    return tails, pool_overlapping(recent, completed)
+
+
+def advance_running(
+    tails: Float[Array, "l s 3 w"],
+    layer: int,
+    start: Int[Array, "b"],
+    length: Int[Array, "b"],
+    rows: Float[Array, "b t 2 w"],
+    ratio: int,
+) -> tuple[Float[Array, "l s 3 w"], Float[Array, "b n w"]]:
+    """Folds the chunk's rows into the running softmaxes; (tails, the entries it completes)."""
+    b, t = rows.shape[:2]
+    states = accumulate(rows, tails[layer, :b], start, length, ratio)
+    # The entry of the last token waits in the tail, complete or not; a token that begins an
+    # entry does not read it.
+    last = (start + length - 1) // ratio - start // ratio
+    tail = jnp.take_along_axis(states, jnp.maximum(last, 0)[:, None, None, None], axis=1)
+    slot = jnp.where(length > 0, jnp.arange(b), tails.shape[1])
+    tails = tails.at[layer, slot].set(tail[:, 0], mode="drop")
+    if t == 1:
+        # Read back for the same reason as in `advance_ring`.
+        states = tails[layer, :b, None]
+    return tails, weighted_mean(states)[:, : Completed.by(start, length, t, ratio).bound]
 
 
 def accumulate(

@@ -18,6 +18,8 @@ from dsv4_jax.cache.flush import (
     OVERLAP_ROWS,
     Completed,
     accumulate,
+    advance_overlapping,
+    advance_running,
     pool_overlapping,
     weighted_mean,
 )
@@ -157,32 +159,23 @@ class LayerCache:
     def pool_overlapping(
         self, tail: TailName, rows: Float[Array, "b t 2 w2"]
     ) -> Float[Array, "b n w"]:
-        (ring,), recent = state.advance_ring(
-            (getattr(self.step.arrays, tail),),
+        tails, pooled = advance_overlapping(
+            getattr(self.step.arrays, tail),
             self.pool_index,
             self.chunk.start,
             self.chunk.length,
-            (rows,),
-            OVERLAP_ROWS,
+            rows,
         )
-        self.step.store(tail, ring)
-        return pool_overlapping(recent, self.chunk.completed(4))
+        self.step.store(tail, tails)
+        return pooled
 
     def accumulate(self, rows: Float[Array, "b t 2 w"], ratio: int) -> Float[Array, "b n w"]:
-        chunk, tails, b = self.chunk, self.step.arrays.hca_tail, self.step.num_rows
-        old = tails[self.pool_index, :b]
-        states = accumulate(rows, old, chunk.start, chunk.length, ratio)
-        # The entry of the last token waits in the tail, complete or not; a token that begins an
-        # entry does not read it.
-        last = (chunk.start + chunk.length - 1) // ratio - chunk.start // ratio
-        tail = jnp.take_along_axis(states, jnp.maximum(last, 0)[:, None, None, None], axis=1)
-        slot = jnp.where(chunk.length > 0, jnp.arange(b), tails.shape[1])
-        tails = tails.at[self.pool_index, slot].set(tail[:, 0], mode="drop")
+        chunk = self.chunk
+        tails, pooled = advance_running(
+            self.step.arrays.hca_tail, self.pool_index, chunk.start, chunk.length, rows, ratio
+        )
         self.step.store("hca_tail", tails)
-        if chunk.num_tokens == 1:
-            # Read back for the same reason as in `advance_ring`.
-            states = tails[self.pool_index, :b, None]
-        return weighted_mean(states)[:, : chunk.completed(ratio).bound]
+        return pooled
 
     def append(self, pool: PoolName, completed: Completed, new: Planes) -> None:
         planes = paged.write(

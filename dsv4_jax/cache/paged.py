@@ -45,7 +45,7 @@ def read(
     flat = ids.reshape(ids.shape[0], -1)
     block = jnp.take_along_axis(block_table, jnp.maximum(flat, 0) // per_block, axis=1, mode="clip")
     return tuple(
-        plane[layer, jnp.maximum(block, 0), flat % per_block].reshape(*ids.shape, -1)
+        plane[layer, jnp.maximum(block, 0), flat % per_block].reshape(*ids.shape, plane.shape[-1])
         for plane in pool
     )
 

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsv4_jax.config import Config
-from dsv4_jax.formats import indexer_key, kv_entry
+from dsv4_jax.formats import indexer_key, kv_entry, kv_entry_float_scale
 from dsv4_jax.numerics import Numerics
 
 CacheFormat = Literal["dense", "records"]
@@ -74,6 +74,26 @@ class EntryRecord:
     def decode(self, planes: Planes, dtype: DTypeLike) -> Float[Array, "*batch c"]:
         body, scales = planes
         return kv_entry.decode(body, scales, self.rope_dim, dtype)
+
+
+@dataclass(frozen=True)
+class FloatScaleRecord:
+    """580 bytes for head_dim 512: as `EntryRecord` with one float32 scale for all E4M3 channels."""
+
+    width: int
+    rope_dim: int
+
+    @property
+    def planes(self) -> tuple[tuple[int, jnp.dtype], ...]:
+        body = (self.width + self.rope_dim, jnp.dtype(jnp.uint8))
+        return (body, (1, jnp.dtype(jnp.float32)))
+
+    def encode(self, x: Float[Array, "*batch c"]) -> Planes:
+        return kv_entry_float_scale.encode(x, self.rope_dim)
+
+    def decode(self, planes: Planes, dtype: DTypeLike) -> Float[Array, "*batch c"]:
+        body, scale = planes
+        return kv_entry_float_scale.decode(body, scale, self.rope_dim, dtype)
 
 
 @dataclass(frozen=True)

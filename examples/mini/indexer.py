@@ -13,8 +13,8 @@ from jax import Array
 from dsv4_jax.cache.handle import LayerView
 from dsv4_jax.formats import indexer_key
 from dsv4_jax.layers.attention import Attention
-from dsv4_jax.layers.norms import rms_normalize
 from dsv4_jax.ops.indexer import indexer_scores
+from dsv4_jax.ops.norms import rms_normalize
 from dsv4_jax.ops.topk import topk_select
 
 
