@@ -1,0 +1,242 @@
+"""Attention over cache records: sliding window and compressed entries in one softmax."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, UInt8
+
+import dsv4_ffi
+from dsv4_jax.cache import paged
+from dsv4_jax.cache.state import Recent
+from dsv4_jax.formats import kv_entry
+from dsv4_jax.ops.attention import Source, attention
+from dsv4_jax.ops.dispatch import dispatch
+from dsv4_jax.ops.rotary import rotate
+
+# What the CUDA kernel is made for: heads and slots of a tile, channels, rotary channels.
+_TILE, _WIDTH, _ROTARY = 64, 512, 64
+_MULTIPROCESSORS = 132
+# More parts of a query than this take longer to combine than they save.
+_MAX_SPLITS = 64
+# Batch-invariant: parts depend on nothing but the query's own entries.
+_INVARIANT_SPLITS, _INVARIANT_BLOCKS = 8, 4
+
+Ring = tuple[UInt8[Array, "layers slots n body"], UInt8[Array, "layers slots n 8"]]
+Chunk = tuple[UInt8[Array, "b t body"], UInt8[Array, "b t 8"]]
+Pool = tuple[UInt8[Array, "pools blocks e body"], UInt8[Array, "pools blocks e 8"]]
+
+
+class Entries(NamedTuple):
+    """Compressed entries in a paged pool.
+
+    Attributes:
+        pool: records [layer, block, entry, ...].
+        block_table: [b, m], the blocks of each sequence in order; -1 where there is none.
+        ids: [b, t, k], the entries that each query sees, -1 for none; or None, and it sees all
+            that are complete.
+    """
+
+    pool: Pool
+    block_table: Int[Array, "b m"]
+    ids: Int[Array, "b t k"] | None = None
+
+
+def sparse_attention(
+    q: Float[Array, "b t h c"],
+    sink: Float32[Array, "h"],
+    frequencies: Float32[Array, "pairs"] | Float32[np.ndarray, "pairs"],
+    start: Int[Array, "b"],
+    length: Int[Array, "b"],
+    ring: Ring,
+    new: Chunk | None = None,
+    entries: Entries | None = None,
+    *,
+    scale: float,
+    window: int,
+    layer: int,
+    pool_layer: int = 0,
+    ratio: int = 0,
+    batch_invariant: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b t h c"]:
+    """`attention` of a chunk's queries, its output rotated back by the query's position.
+
+    The query of token i of row s is at position p = start[s] + i. It sees the window's positions
+    p - window + 1 .. p and the compressed entries; in the denominator also the sink.
+
+    Args:
+        q: queries, normalised and rotated; their last 2 * pairs channels are rotary.
+        sink: a logit for each head, not scaled.
+        frequencies: radians per token of each pair of rotary channels.
+        start: position of each row's first token.
+        length: how many tokens of each row count; the output of the others is 0.
+        ring: records [layer, slot, n, ...] of the window, row s in slot s, position p at p mod n.
+            Without `new` it holds the chunk already, n >= window + t - 1.
+        new: records [b, t, ...] of the chunk; `ring` is then that of before, n >= window - 1.
+        entries: compressed entries, or None.
+        scale: factor of the logits.
+        window: tokens that a query sees directly, itself included.
+        layer: which of the ring's layers.
+        pool_layer: which of the pool's layers.
+        ratio: tokens of a compressed entry. With `entries.ids` None a query sees the entries
+            below floor((p + 1) / ratio).
+        batch_invariant: a query's result does not depend, in any bit, on what else is in the
+            batch or how long its block table is; slower for few queries.
+        implementation: "ffi" (on CUDA 512 bfloat16 channels of which 64 are rotary), "xla" or None
+            for the fastest.
+
+    Raises:
+        ValueError: the ring is too short, or `entries.ids` is None and `ratio` 0.
+    """
+    needed = window + (q.shape[1] - 1 if new is None else -1)
+    if ring[0].shape[2] < needed:
+        raise ValueError(f"ring: got {ring[0].shape[2]} tokens, expected at least {needed}")
+    if entries is not None and entries.ids is None and ratio < 1:
+        raise ValueError(f"ratio: got {ratio}, expected at least 1 where all entries are seen")
+    return dispatch(
+        implementation,
+        {"ffi": _ffi, "xla": _xla},
+        *(q, sink, jnp.asarray(frequencies), start, length, ring, new, entries),
+        scale=scale,
+        window=window,
+        layer=layer,
+        pool_layer=pool_layer,
+        ratio=ratio,
+        batch_invariant=batch_invariant,
+    )
+
+
+def _xla(
+    q: Array,
+    sink: Array,
+    frequencies: Array,
+    start: Array,
+    length: Array,
+    ring: Ring,
+    new: Chunk | None,
+    entries: Entries | None,
+    *,
+    scale: float,
+    window: int,
+    layer: int,
+    pool_layer: int,
+    ratio: int,
+    batch_invariant: bool,
+) -> Array:
+    del batch_invariant
+    b, t = q.shape[:2]
+    rotary = 2 * frequencies.shape[0]
+    positions = start[:, None] + jnp.arange(t)
+
+    held = tuple(plane[layer, :b] for plane in ring)
+    if new is None:
+        recent = Recent(held, tuple(plane[:, :0] for plane in held), start + length)
+    else:
+        recent = Recent(held, new, start)
+    position, query = recent.positions()[:, None], positions[..., None]
+    visible = (position >= 0) & (position <= query) & (position > query - window)
+    bodies, scales = recent.rows()
+    kv = kv_entry.decode(bodies, scales, rotary, q.dtype)
+    sources = [_source(kv[:, None], visible)]
+
+    if entries is not None:
+        pool, table, ids = entries
+        if ids is not None:
+            bodies, scales = paged.read(pool, pool_layer, table, ids)
+            sources.append(_source(kv_entry.decode(bodies, scales, rotary, q.dtype), ids >= 0))
+        else:
+            bodies, scales = paged.read_all(pool, pool_layer, table)
+            kv = kv_entry.decode(bodies, scales, rotary, q.dtype)
+            visible = jnp.arange(kv.shape[1]) < ((positions + 1) // ratio)[..., None]
+            sources.append(_source(kv[:, None], visible))
+
+    o = rotate(attention(q, sources, sink, scale), positions, frequencies, inverse=True)
+    return jnp.where((jnp.arange(t) < length[:, None])[..., None, None], o, 0)
+
+
+def _source(kv: Array, visible: Array) -> Source:
+    """Entries that nobody sees are zeros: what lies there may be no number."""
+    b, groups, num_entries = kv.shape[:3]
+    seen = visible.reshape(b, groups, -1, num_entries).any(2)
+    return Source(jnp.where(seen[..., None], kv, 0), visible)
+
+
+def _ffi(
+    q: Array,
+    sink: Array,
+    frequencies: Array,
+    start: Array,
+    length: Array,
+    ring: Ring,
+    new: Chunk | None,
+    entries: Entries | None,
+    *,
+    scale: float,
+    window: int,
+    layer: int,
+    pool_layer: int,
+    ratio: int,
+    batch_invariant: bool,
+) -> Array:
+    b, t, h, c = q.shape
+    if jax.default_backend() == "gpu":
+        _check_cuda(q, frequencies)
+    if new is None:
+        new = (ring[0][layer, :b, :0], ring[1][layer, :b, :0])
+    if entries is None:
+        nothing = (ring[0][:1, :0, :1], ring[1][:1, :0, :1])
+        entries = Entries(nothing, jnp.zeros((b, 0), jnp.int32))
+    pool, table, ids = entries
+    if ids is None:
+        ids = jnp.zeros((b, t, 0), jnp.int32)
+    num_entries = ids.shape[2] or table.shape[1] * pool[0].shape[2]
+    tiles = b * t * -(-h // _TILE)
+    rule = _split_rule(tiles, -(-(window + num_entries) // _TILE), batch_invariant)
+    parts = 0 if rule[0] == 1 else tiles * rule[0]
+    o, _ = dsv4_ffi.call(
+        "sparse_attention",
+        [
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((parts, _TILE, c + 2), jnp.float32),
+        ],
+        *(q, sink, frequencies, *ring, *new, *pool),
+        *[x.astype(jnp.int32) for x in (table, ids, start, length)],
+        layer=np.int64(layer),
+        pool_layer=np.int64(pool_layer),
+        window=np.int64(window),
+        ratio=np.int64(ratio),
+        scale=np.float32(scale),
+        max_splits=np.int64(rule[0]),
+        min_blocks=np.int64(rule[1]),
+    )
+    return o
+
+
+def _split_rule(tiles: int, max_blocks: int, batch_invariant: bool) -> tuple[int, int]:
+    """At most how many parts a query's blocks of entries are split into, each of how many or more.
+
+    All that a query can have to do is `max_blocks`; `tiles` are the queries, once for each 64
+    heads, that share the multiprocessors.
+    """
+    if batch_invariant:
+        return min(_INVARIANT_SPLITS, -(-max_blocks // _INVARIANT_BLOCKS)), _INVARIANT_BLOCKS
+    return max(1, min(max_blocks, _MULTIPROCESSORS // max(tiles, 1), _MAX_SPLITS)), 1
+
+
+def _check_cuda(q: Array, frequencies: Array) -> None:
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if capability != "9.0":
+        raise NotImplementedError(
+            f"sparse_attention: the kernel is for sm_90, the device has {capability}"
+        )
+    if q.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"sparse_attention: the kernel takes bfloat16 queries, got {q.dtype}"
+        )
+    if (q.shape[3], 2 * frequencies.shape[0]) != (_WIDTH, _ROTARY):
+        raise NotImplementedError(
+            f"sparse_attention: the kernel is for {_WIDTH} channels of which {_ROTARY} are rotary, "
+            f"got {q.shape[3]} and {2 * frequencies.shape[0]}"
+        )

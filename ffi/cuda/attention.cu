@@ -1,0 +1,104 @@
+// Architectures: 90a
+// sparse_attention: the kernels' launches and the checks of what they are given.
+
+#include <algorithm>
+
+#include "attention_kernel.cuh"
+#include "dsv4/attention.h"
+
+namespace dsv4 {
+namespace {
+
+cudaError_t Launch(cudaStream_t stream, const AttentionProblem& p) {
+  // Of the current device.
+  const cudaError_t allowed = cudaFuncSetAttribute(
+      Attend, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(AttentionShared));
+  if (allowed != cudaSuccess) return allowed;
+  int device = 0, num_multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int num_blocks = std::min(p.num_items, num_multiprocessors);
+  Attend<<<num_blocks, kAttentionThreads, sizeof(AttentionShared), stream>>>(p);
+  if (p.rule.max_splits == 1) return cudaGetLastError();
+  // Launched while the parts are computed, it waits for them on the device.
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(p.a.num_queries, p.a.heads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  // Few splits are loaded at once; many are shared among more threads.
+  const int groups = p.rule.max_splits <= 8 ? 1 : 4;
+  config.blockDim = groups * kWarpgroup;
+  return cudaLaunchKernelEx(&config, groups == 1 ? Combine<1> : Combine<4>, p);
+}
+
+ffi::Error SparseAttention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer sink,
+                           ffi::AnyBuffer frequencies, ffi::AnyBuffer ring,
+                           ffi::AnyBuffer ring_scales, ffi::AnyBuffer recent,
+                           ffi::AnyBuffer recent_scales, ffi::AnyBuffer pool,
+                           ffi::AnyBuffer pool_scales, ffi::AnyBuffer block_table,
+                           ffi::AnyBuffer ids, ffi::AnyBuffer start, ffi::AnyBuffer length,
+                           ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::AnyBuffer> parts,
+                           int64_t layer, int64_t pool_layer, int64_t window, int64_t ratio,
+                           float scale, int64_t max_splits, int64_t min_blocks) {
+  AttentionProblem p;
+  DSV4_CHECK(CheckAttention({q, sink, frequencies, ring, ring_scales, recent, recent_scales, pool,
+                             pool_scales, block_table, ids, start, length, layer, pool_layer,
+                             window, ratio, scale},
+                            *o, &p.a));
+  DSV4_CHECK(ExpectDtype("q", q, {ffi::DataType::BF16}));
+  if (p.a.width != kWidth || p.a.rotary_width != kRotary) {
+    return Invalid("q", ShapeText(q.dimensions()), "512 channels of which 64 are rotary");
+  }
+  if (p.a.num_queries == 0 || p.a.heads == 0) return ffi::Error::Success();
+  p.tiles = (p.a.heads + kTileRows - 1) / kTileRows;
+  const int64_t num_items = int64_t{p.a.num_queries} * p.tiles * max_splits;
+  if (max_splits < 1 || min_blocks < 1 || min_blocks > INT32_MAX || num_items > INT32_MAX) {
+    return Invalid("max_splits", std::to_string(max_splits), "1 or more, below 2^31 parts");
+  }
+  DSV4_CHECK(Expect("parts", *parts, ffi::DataType::F32,
+                    {max_splits == 1 ? 0 : num_items, kTileRows, kWidth + 2}));
+  DSV4_CHECK(ExpectAligned("q", q, 16));
+  DSV4_CHECK(ExpectAligned("ring", ring, 16));
+  DSV4_CHECK(ExpectAligned("recent", recent, 16));
+  DSV4_CHECK(ExpectAligned("pool", pool, 16));
+  p.num_items = static_cast<int>(num_items);
+  p.rule = {static_cast<int>(max_splits), static_cast<int>(min_blocks)};
+  p.parts = parts->typed_data<float>();
+  p.o = static_cast<uint16_t*>(o->untyped_data());
+  return CudaStatus(Launch(stream, p));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_sparse_attention, SparseAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("layer")
+                                  .Attr<int64_t>("pool_layer")
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("ratio")
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("max_splits")
+                                  .Attr<int64_t>("min_blocks"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace dsv4

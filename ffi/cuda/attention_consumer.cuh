@@ -1,0 +1,233 @@
+// The softmax of 64 heads over tiles of entries, by two warpgroups: each computes the logits of
+// half of a tile's entries, and accumulates its half of the channels over all of them.
+#pragma once
+
+#include "attention_products.cuh"
+#include "attention_tiles.cuh"
+
+namespace dsv4 {
+
+constexpr int kConsumers = 2, kWarpgroup = 128;
+constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+constexpr int kChannels = kWidth / kConsumers;      // of a consumer
+constexpr int kOwnEntries = kTileRows / kConsumers;  // of a tile
+constexpr int kConsumerBarrier = 1;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// cos and sin of the angle, one float32 product as everywhere; reduced in float64 because float32
+// loses the turn's fraction far from position 0.
+__device__ __forceinline__ float2 Rotation(int position, float frequency) {
+  constexpr double kTurnsPerRadian = 0.15915494309189535;
+  double turns = static_cast<double>(static_cast<float>(position) * frequency) * kTurnsPerRadian;
+  float2 rotation;
+  sincospif(2.0f * static_cast<float>(turns - rint(turns)), &rotation.y, &rotation.x);
+  return rotation;
+}
+
+// Rounded in the same way wherever it is inlined.
+__device__ __forceinline__ float2 RotateBack(float2 pair, float2 rotation) {
+  return {fmaf(pair.x, rotation.x, pair.y * rotation.y),
+          fmaf(pair.y, rotation.x, -pair.x * rotation.y)};
+}
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t PackBf16x2(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// What the peak of logits is subtracted as: without any logit there is none.
+__device__ __forceinline__ float Base(float peak) { return peak == -INFINITY ? 0.0f : peak; }
+
+// 1 / (sum + exp(sink)), relative to the base; 0 for a head that sees nothing.
+__device__ __forceinline__ float Normaliser(float sum, float peak, float sink) {
+  return sum == 0.0f ? 0.0f : 1.0f / (sum + Exp2(sink * kLog2e - Base(peak)));
+}
+
+// What the consumers tell each other: the weights as the rows of a tile of 64 entries, and of each
+// head the consumers' highest logits or, in the end, their sums.
+struct Exchange {
+  uint8_t weights[kTileRows * 128];
+  float of_heads[kConsumers][kTileRows];
+};
+
+// A thread's part of 64 heads: rows `lane / 4` and 8 more of its warp's 16.
+struct Consumer {
+  float o[kChannels / 2];
+  float peak[2], sum[2];  // in powers of two
+
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int i = 0; i < kChannels / 2; ++i) o[i] = 0.0f;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      peak[row] = -INFINITY;
+      sum[row] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void Attend(const uint8_t* queries, const uint8_t* entries,
+                                         const float* bias, float scale, Exchange& exchange) {
+    float s[kOwnEntries / 2];
+    const uint64_t a = SwizzledRows(SharedAddress(queries));
+    const uint64_t b = SwizzledRows(SharedAddress(entries + Number() * kOwnEntries * 128));
+    FenceProducts();
+#pragma unroll
+    for (int step = 0; step < kWidth / 16; ++step) {
+      const uint64_t offset = (step / 4 * kPanelBytes + step % 4 * 32) >> 4;
+      MultiplyRowsAsync(s, a + offset, b + offset, step != 0);
+    }
+    CommitProducts();
+    WaitProducts(s);
+
+    bias += Number() * kOwnEntries + 2 * (threadIdx.x % 4);
+    float highest[2] = {peak[0], peak[1]};
+#pragma unroll
+    for (int i = 0; i < kOwnEntries / 8; ++i) {
+      const float2 mask = *reinterpret_cast<const float2*>(bias + 8 * i);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        float* x = s + 4 * i + 2 * which;
+        x[0] = x[0] * scale + mask.x;
+        x[1] = x[1] * scale + mask.y;
+        highest[which] = fmaxf(highest[which], fmaxf(x[0], x[1]));
+      }
+    }
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      highest[which] = fmaxf(highest[which], __shfl_xor_sync(kAllLanes, highest[which], 1));
+      highest[which] = fmaxf(highest[which], __shfl_xor_sync(kAllLanes, highest[which], 2));
+    }
+    Tell(exchange, highest);
+    float factor[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      highest[which] = fmaxf(highest[which], exchange.of_heads[1 - Number()][Row(which)]);
+      factor[which] = Exp2(peak[which] - Base(highest[which]));
+      peak[which] = highest[which];
+      sum[which] *= factor[which];
+    }
+    uint8_t* weights = exchange.weights + threadIdx.x % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kOwnEntries / 8; ++i) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const float first = Exp2(s[4 * i + 2 * which] - Base(peak[which]));
+        const float second = Exp2(s[4 * i + 2 * which + 1] - Base(peak[which]));
+        sum[which] += first + second;
+        const int offset = TileOffset(Row(which), 0, Number() * (kOwnEntries / 8) + i);
+        *reinterpret_cast<uint32_t*>(weights + offset) = PackBf16x2(first, second);
+      }
+    }
+    if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int i = 0; i < kChannels / 2; ++i) o[i] *= factor[i / 2 % 2];
+    }
+    FenceAsync();
+    SyncThreads(kConsumerBarrier, kConsumerThreads);
+    const uint64_t rows = SwizzledRows(SharedAddress(exchange.weights));
+    const uint64_t values = SwizzledColumns<kPanelBytes>(
+        SharedAddress(entries + Number() * (kPanels / kConsumers) * kPanelBytes));
+    FenceProducts();
+#pragma unroll
+    for (int step = 0; step < kTileRows / 16; ++step) {
+      MultiplyColumnsAsync(o, rows + (step * 32 >> 4), values + (step * 16 * 128 >> 4));
+    }
+    CommitProducts();
+    WaitProducts(o);
+  }
+
+  // To the other consumer, which has read what it was told before.
+  static __device__ __forceinline__ void Tell(Exchange& exchange, const float (&of_heads)[2]) {
+    if (threadIdx.x % 4 == 0) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        exchange.of_heads[Number()][Row(which)] = of_heads[which];
+      }
+    }
+    SyncThreads(kConsumerBarrier, kConsumerThreads);
+  }
+
+  __device__ __forceinline__ void SumOverEntries(Exchange& exchange) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      sum[which] += __shfl_xor_sync(kAllLanes, sum[which], 1);
+      sum[which] += __shfl_xor_sync(kAllLanes, sum[which], 2);
+    }
+    Tell(exchange, sum);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int head = Row(which);
+      sum[which] = exchange.of_heads[0][head] + exchange.of_heads[1][head];
+    }
+  }
+
+  // Calls f(i, which, two channels of row `Row(which)` from `8 i + Column()` on).
+  template <typename Function>
+  __device__ __forceinline__ void ForEachPair(Function f) const {
+#pragma unroll
+    for (int i = 0; i < kChannels / 8; ++i) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        f(i, which, float2{o[4 * i + 2 * which], o[4 * i + 2 * which + 1]});
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int Number() { return threadIdx.x / kWarpgroup; }
+
+  static __device__ __forceinline__ int Column() {
+    return Number() * kChannels + 2 * (threadIdx.x % 4);
+  }
+
+  static __device__ __forceinline__ int Row(int which) {
+    return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4 + 8 * which;
+  }
+
+  __device__ __forceinline__ void StorePart(float* part) const {
+    float* to = part + Row(0) * kWidth + Column();
+    ForEachPair([&](int i, int which, float2 pair) {
+      *reinterpret_cast<float2*>(to + which * 8 * kWidth + 8 * i) = pair;
+    });
+    if (Number() == 0 && threadIdx.x % 4 == 0) {
+      auto* stats = reinterpret_cast<float2*>(part + kTileRows * kWidth);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) stats[Row(which)] = {peak[which], sum[which]};
+    }
+  }
+
+  // Leaves the outputs of the consumer's channels in a tile.
+  __device__ __forceinline__ void StoreTile(uint8_t* tile, const float* sink, int num_heads,
+                                            const float2* rotation) const {
+    float normaliser[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int head = Row(which);
+      normaliser[which] =
+          head < num_heads ? Normaliser(sum[which], peak[which], __ldg(sink + head)) : 0.0f;
+    }
+    constexpr int kOwnPanels = kPanels / kConsumers, kRotatedFrom = (kChannels - kRotary) / 8;
+    const uint32_t to = SharedAddress(tile + TileOffset(Row(0), Number() * kOwnPanels, 0)) +
+                        threadIdx.x % 4 * 4;
+    ForEachPair([&](int i, int which, float2 pair) {
+      pair = {pair.x * normaliser[which], pair.y * normaliser[which]};
+      if (i >= kRotatedFrom && Number() == kConsumers - 1) {
+        pair = RotateBack(pair, rotation[(i - kRotatedFrom) * 4 + threadIdx.x % 4]);
+      }
+      // Volatile keeps the compiler from preparing all the addresses at once.
+      const uint32_t offset = i / 8 * kPanelBytes + which * 1024;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"((to ^ (i % 8 * 16)) + offset),
+                   "r"(PackBf16x2(pair.x, pair.y))
+                   : "memory");
+    });
+  }
+};
+
+}  // namespace dsv4

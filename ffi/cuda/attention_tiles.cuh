@@ -1,0 +1,112 @@
+// Tiles of queries and of dequantised entries in shared memory, 64 rows of 512 bfloat16 channels:
+// panels of 64 channels, rows of 128 bytes, their 16-byte parts swizzled by the row's number.
+#pragma once
+
+#include "dsv4/attention_problem.h"
+#include "moe_hopper.cuh"
+
+namespace dsv4 {
+
+constexpr int kTileRows = 64, kWidth = 512, kRotary = 64;
+constexpr int kPanels = kWidth / 64, kPanelBytes = kTileRows * 128;
+constexpr int kTileBytes = kPanels * kPanelBytes;
+
+__device__ __forceinline__ uint32_t TileOffset(int row, int panel, int part) {
+  return panel * kPanelBytes + row * 128 + ((part ^ row) % 8) * 16;
+}
+
+// What a lane has of a record: of every 64 channels the 16 that begin at 16 times its number among
+// the four lanes that share the record. An empty slot is zeros.
+struct RecordPart {
+  static constexpr int kGroups = kPanels - 1;
+
+  uint4 codes[kGroups];
+  uint4 rotary[2];
+  uint2 scales;
+
+  __device__ __forceinline__ void Load(const Location& at, int lane_of_four) {
+    if (at.body == nullptr) {
+      *this = {};
+      return;
+    }
+    const auto* parts = reinterpret_cast<const uint4*>(at.body) + lane_of_four;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) codes[i] = __ldg(parts + 4 * i);
+    parts += 4 * kGroups + lane_of_four;
+    rotary[0] = __ldg(parts);
+    rotary[1] = __ldg(parts + 1);
+    scales = __ldg(reinterpret_cast<const uint2*>(at.scales));
+  }
+
+  __device__ __forceinline__ uint32_t ScaleByte(int group) const {
+    return (group < 4 ? scales.x >> 8 * group : scales.y >> 8 * (group - 4)) & 255u;
+  }
+
+  // Two codes, given in the high bytes of both halves. In the place of a bfloat16's bits they are
+  // short of 2^kShort, which `scale` brings in.
+  static __device__ __forceinline__ uint32_t Decode(uint32_t codes, uint32_t scale) {
+    const uint32_t unscaled = (codes & kSigns) | ((codes >> 4) & 0x07f007f0u);
+    return MultiplyBf16x2(unscaled, scale);
+  }
+
+  __device__ __forceinline__ void Store(uint8_t* tile, int row, int lane_of_four) const {
+    constexpr uint32_t kShort = 120, kInBothHalves = 0x00800080u;
+    constexpr uint32_t kLargest = 254 - kShort;  // byte of a scale that one factor can hold
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint32_t byte = ScaleByte(i);
+      const uint32_t scale = (min(byte, kLargest) + kShort) * kInBothHalves;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t low = half ? codes[i].z : codes[i].x;
+        const uint32_t high = half ? codes[i].w : codes[i].y;
+        uint4 words = {Decode(__byte_perm(low, 0, 0x1404), scale),
+                       Decode(__byte_perm(low, 0, 0x3424), scale),
+                       Decode(__byte_perm(high, 0, 0x1404), scale),
+                       Decode(__byte_perm(high, 0, 0x3424), scale)};
+        if (byte > kLargest) {
+          const uint32_t rest = byte == 255 ? 0x7fc07fc0u : (byte - kLargest + 127) * kInBothHalves;
+          words = {MultiplyBf16x2(words.x, rest), MultiplyBf16x2(words.y, rest),
+                   MultiplyBf16x2(words.z, rest), MultiplyBf16x2(words.w, rest)};
+        }
+        *reinterpret_cast<uint4*>(tile + TileOffset(row, i, 2 * lane_of_four + half)) = words;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<uint4*>(tile + TileOffset(row, kGroups, 2 * lane_of_four + half)) =
+          rotary[half];
+    }
+  }
+};
+
+// Heads of one query from `q` on; rows without a head become zeros.
+__device__ __forceinline__ void LoadQueries(uint8_t* tile, const uint16_t* q, int num_heads,
+                                            int thread, int num_threads) {
+  constexpr int kParts = kWidth / 8;
+#pragma unroll 4
+  for (int i = thread; i < kTileRows * kParts; i += num_threads) {
+    const int row = i / kParts, part = i % kParts;
+    uint8_t* to = tile + TileOffset(row, part / 8, part % 8);
+    if (row < num_heads) {
+      CopyChunk(SharedAddress(to), q + i * 8);
+    } else {
+      *reinterpret_cast<uint4*>(to) = {};
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// The reverse, for the rows with a head.
+__device__ __forceinline__ void StoreRows(uint16_t* o, const uint8_t* tile, int num_heads,
+                                          int thread, int num_threads) {
+  constexpr int kParts = kWidth / 8;
+#pragma unroll 4
+  for (int i = thread; i < num_heads * kParts; i += num_threads) {
+    const int part = i % kParts;
+    reinterpret_cast<uint4*>(o)[i] =
+        *reinterpret_cast<const uint4*>(tile + TileOffset(i / kParts, part / 8, part % 8));
+  }
+}
+
+}  // namespace dsv4
