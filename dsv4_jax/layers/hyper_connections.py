@@ -1,52 +1,43 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by every sub-block."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import Config
+from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.parameter import parameter
-from dsv4_jax.ops.product import product, sum_of_squares
+from dsv4_jax.ops.hyper_connections import Gates, hc_post_pre, hc_pre, normalized_projection
+from dsv4_jax.ops.product import product
 
-
-def sinkhorn(
-    logits: Float[Array, "*batch n n"], num_iterations: int, eps: float
-) -> Float[Array, "*batch n n"]:
-    """Softmax over the last axis, then alternating normalisation; the last one is over axis -2.
-
-    Each sum has eps added; eps is also added to every element after the softmax. The first row
-    normalisation is the softmax, so there are `num_iterations` of each kind.
-    """
-    mix = jax.nn.softmax(logits, axis=-1) + eps
-    mix = mix / (mix.sum(-2, keepdims=True) + eps)
-
-    def iteration(mix: Array, _: None) -> tuple[Array, None]:
-        mix = mix / (mix.sum(-1, keepdims=True) + eps)
-        mix = mix / (mix.sum(-2, keepdims=True) + eps)
-        return mix, None
-
-    return jax.lax.scan(iteration, mix, length=num_iterations - 1)[0]
-
-
-def _normalized_projection(
-    streams: Float[Array, "*batch n d"], fn: Float[Array, "rows nd"], eps: float
-) -> Float[Array, "*batch rows"]:
-    """fn · v / rms(v), v the concatenated streams; float32."""
-    v = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
-    scale = jax.lax.rsqrt(sum_of_squares(v) / v.shape[-1] + eps)
-    return product("...i,oi->...o", v, fn.astype(jnp.float32)) * scale
+# The output of a sub-block, the streams from which its input was collapsed, how it is spread over
+# them (post, comb): what `ops.hyper_connections.hc_post` takes.
+Spread = tuple[
+    Float[Array, "b t d"],
+    Float[Array, "b t n d"],
+    Float32[Array, "b t n"],
+    Float32[Array, "b t n n"],
+]
+# The streams, the normed input of the next sub-block, and how its output will be spread.
+Collapsed = tuple[
+    Float[Array, "b t n d"],
+    Float[Array, "b t d"],
+    Float32[Array, "b t n"],
+    Float32[Array, "b t n n"],
+]
 
 
 class HyperConnection(nnx.Module):
-    """Collapses the streams for one sub-block and spreads its output over them again.
+    """Collapses the streams for one sub-block and says how its output is spread over them.
 
     Everything inside is float32; inputs and outputs have the streams' dtype.
     """
 
     def __init__(self, config: Config):
         n = config.hc_mult
-        self.num_streams = n
         self.num_iterations = config.hc_sinkhorn_iters
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
@@ -54,39 +45,25 @@ class HyperConnection(nnx.Module):
         self.base = parameter((2 + n) * n, init="zeros")
         self.scale = parameter(3, init="ones")
 
-    def pre(
-        self, streams: Float[Array, "b t n d"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t n"], Float[Array, "b t n n"]]:
-        """Returns (input of the sub-block, post weights, mixing matrix [from, to] stream)."""
-        n = self.num_streams
-        projected = _normalized_projection(streams, self.fn[...], self.norm_eps)
-        pre, post, comb = (
-            part * self.scale[i] + base
-            for i, (part, base) in enumerate(
-                zip(
-                    jnp.split(projected, (n, 2 * n), axis=-1),
-                    jnp.split(self.base[...], (n, 2 * n)),
-                    strict=True,
-                )
-            )
-        )
-        pre = jax.nn.sigmoid(pre) + self.eps
-        post = 2 * jax.nn.sigmoid(post)
-        comb = sinkhorn(comb.reshape(*comb.shape[:-1], n, n), self.num_iterations, self.eps)
-        collapsed = product("btj,btjd->btd", pre, streams.astype(jnp.float32))
-        return collapsed.astype(streams.dtype), post, comb
+    @jax.named_scope("hyper-connections")
+    def pre(self, streams: Float[Array, "b t n d"], norm: RMSNorm) -> Collapsed:
+        """From the streams to the sub-block's input after `norm`."""
+        return streams, *hc_pre(streams, self._gates(norm), **self._static())
 
-    def post(
-        self,
-        output: Float[Array, "b t d"],
-        streams: Float[Array, "b t n d"],
-        post: Float[Array, "b t n"],
-        comb: Float[Array, "b t n n"],
-    ) -> Float[Array, "b t n d"]:
-        """X'_k = post_k · output + Σ_j comb[j, k] · X_j."""
-        mixed = product("btjk,btjd->btkd", comb, streams.astype(jnp.float32))
-        spread = post[..., None] * output.astype(jnp.float32)[..., None, :]
-        return (mixed + spread).astype(streams.dtype)
+    @jax.named_scope("hyper-connections")
+    def post_pre(self, before: Spread, norm: RMSNorm) -> Collapsed:
+        """The same once the output of the sub-block before is spread."""
+        return hc_post_pre(*before, self._gates(norm), **self._static())
+
+    def _gates(self, norm: RMSNorm) -> Gates:
+        return Gates(self.fn[...], self.base[...], self.scale[...], norm.weight[...])
+
+    def _static(self) -> dict[str, Any]:
+        return {
+            "num_iterations": self.num_iterations,
+            "eps": self.eps,
+            "norm_eps": self.norm_eps,
+        }
 
 
 class HyperHead(nnx.Module):
@@ -99,8 +76,9 @@ class HyperHead(nnx.Module):
         self.base = parameter(config.hc_mult, init="zeros")
         self.scale = parameter(1, init="ones")
 
+    @jax.named_scope("hyper-connections")
     def __call__(self, streams: Float[Array, "b t n d"]) -> Float[Array, "b t d"]:
-        projected = _normalized_projection(streams, self.fn[...], self.norm_eps)
+        projected = normalized_projection(streams, self.fn[...], self.norm_eps)
         weights = jax.nn.sigmoid(projected * self.scale[...] + self.base[...]) + self.eps
         y = product("btj,btjd->btd", weights, streams.astype(jnp.float32))
         return y.astype(streams.dtype)
