@@ -14,6 +14,7 @@ from dsv4_jax.cache.allocator import OutOfBlocksError
 from dsv4_jax.cache.manager import Cache, CacheUnusableError, OutOfSlotsError
 from dsv4_jax.checkpoint.errors import CheckpointError
 from dsv4_jax.config import Config
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.model import Model, load
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.transformer import (
@@ -31,6 +32,7 @@ __all__ = [
     "Capture",
     "CheckpointError",
     "Config",
+    "Kernels",
     "Model",
     "Numerics",
     "OutOfBlocksError",

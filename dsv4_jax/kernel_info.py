@@ -10,13 +10,14 @@ import dsv4_ffi
 import pallas_kernels
 from dsv4_ffi.library import load
 from dsv4_ffi.targets import CALLS
+from dsv4_jax.kernels import operations
 
 PALLAS_SINCE = (0, 11)
 _LABELS = {"cpu": "CPU library", "cuda": "CUDA library", "pallas": "Pallas kernels"}
 
 
 def render() -> str:
-    """A table of calls and kernels by platform, then the state of each platform."""
+    """A table of calls and kernels by platform, the state of each, and what `Kernels` names."""
     reasons = {
         "cpu": dsv4_ffi.missing("cpu"),
         "cuda": dsv4_ffi.missing("cuda"),
@@ -37,6 +38,8 @@ def render() -> str:
     for column, label in _LABELS.items():
         state = _state(column, reasons[column])
         lines += textwrap.wrap(f"{label}: {state}", 100, subsequent_indent="  ")
+    chosen = f"Operations that kernels=Kernels(...) chooses for: {', '.join(operations())}"
+    lines += textwrap.wrap(chosen, 100, subsequent_indent="  ")
     return "\n".join(lines)
 
 

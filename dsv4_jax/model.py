@@ -1,6 +1,6 @@
 """`Model`: a checkpoint with its tokenizer, and the checked way to run it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from dsv4_jax.cache.schema import CacheSchema, new_arrays
 from dsv4_jax.checkpoint.read import read
 from dsv4_jax.checkpoint.write import write
 from dsv4_jax.config import Config
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.linear import Linear
+from dsv4_jax.layers.router import Router
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.parallel.sharding import check_mesh, param_sharding
 from dsv4_jax.text.tokenizer import Tokenizer
@@ -48,9 +50,10 @@ class Model:
     Attributes:
         config: sizes and constants.
         graph: the modules without their arrays (static), for the pure functions.
-        params: the arrays, as the checkpoint stores them.
+        params: the arrays, as the checkpoint stores them or, where kernels run, in their order.
         tokenizer: None when the checkpoint has none.
         numerics, dtype: quantisation points and compute dtype.
+        kernels: which implementation of each operation runs.
         mesh: devices that share the arrays, or None.
     """
 
@@ -71,6 +74,11 @@ class Model:
         self.config: Config = modules.config
         self.numerics: Numerics = modules.numerics
         self.dtype: jnp.dtype = modules.dtype
+        self.kernels: Kernels = modules.kernels
+        linears = (m for _, m in nnx.iter_modules(modules) if isinstance(m, Linear))
+        self._is_stored = self.numerics.gate != "nvfp4" and not any(
+            linear.is_arranged for linear in linears
+        )
 
     def _check_ids(self, tokens: np.ndarray, lowest: int) -> None:
         if not np.issubdtype(tokens.dtype, np.integer):
@@ -237,15 +245,20 @@ class Model:
             directory: absent or empty.
 
         Raises:
-            ValueError: the directory is not empty, or the model was loaded with kernels=True.
+            ValueError: the directory is not empty, or the weights are in the order of kernels.
         """
+        self.check_stored("save")
         flat = nnx.to_flat_state(self.params)
-        if any(path[-1] == "blocks" for path, _ in flat):
-            raise ValueError(
-                "kernels: the weights are in kernels' blocks; load without them to save"
-            )
         params: dict[tuple[Any, ...], Array] = {path: variable[...] for path, variable in flat}
         write(directory, self.config, params, tokenizer_file=self._tokenizer_file)
+
+    def check_stored(self, purpose: str) -> None:
+        """ValueError unless the weights are as a checkpoint stores them."""
+        if not self._is_stored:
+            raise ValueError(
+                "kernels: weights are in the order of kernels, or gates are quantised; load with "
+                f"kernels=Kernels.XLA and the gates as stored to {purpose}"
+            )
 
     def generate(self, prompt: str, **options: Any) -> str:
         """The continuation of a prompt; see `generate_stream`."""
@@ -275,7 +288,7 @@ def load(
     dtype: DTypeLike | None = None,
     numerics: Numerics = Numerics.CHECKPOINT,
     mesh: jax.sharding.Mesh | None = None,
-    kernels: bool = False,
+    kernels: Kernels = Kernels.FASTEST,
     progress: bool = False,
 ) -> Model:
     """Reads a checkpoint onto the devices.
@@ -287,8 +300,9 @@ def load(
             where bfloat16 is slower, float32. Weights keep the dtype they are stored in.
         numerics: where the forward pass rounds.
         mesh: devices to spread the weights over, with an automatic axis named "model".
-        kernels: keep packed and bfloat16 weights in the blocks that the GEMM and MoE kernels read.
-            XLA decodes them where a kernel does not run. Such a model cannot be saved.
+        kernels: which implementation of each operation runs. Where "gemm" and "experts" run on
+            kernels (by default if these are there and `dtype` is bfloat16), weights are put into
+            their order, and the model cannot be saved.
         progress: draw a progress bar on stderr.
 
     Raises:
@@ -306,8 +320,8 @@ def load(
         raise ValueError(f"dtype: got {compute_dtype}, expected bfloat16 or float32")
     if mesh is not None:
         check_mesh(mesh)
-        if kernels:
-            raise ValueError("kernels: got True with a mesh; the kernels run on one device")
+        if "ffi" in (kernels.implementation(name, ("ffi",)) for name in ("gemm", "experts")):
+            raise ValueError(f"kernels: got {kernels} with a mesh; these run on one device")
 
     def place(path: tuple[str | int, ...], array: np.ndarray) -> Array:
         return jax.device_put(array, mesh and param_sharding(mesh, path, array.shape))
@@ -315,27 +329,50 @@ def load(
     checkpoint = read(directory, config, place=place, progress=progress)
     if not checkpoint.has_mtp:
         config = replace(config, num_nextn_predict_layers=0)
-    modules = Transformer(config, compute_dtype, numerics)
-    linears = {path: m for path, m in nnx.iter_modules(modules) if isinstance(m, Linear)}
-    for path, weight_format in checkpoint.weight_formats.items():
-        linears[path].repack(weight_format)
-    graph, declared = nnx.split(modules)
     arrays: dict[tuple[Any, ...], Array] = dict(checkpoint.params)
-    params = nnx.from_flat_state(
-        [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(declared)]
-    )
-    if kernels:
-        del checkpoint, arrays  # each weight is freed once its blocks are there
-        graph, params = _tiled(nnx.merge(graph, params))
+    formats = checkpoint.weight_formats
+    del checkpoint
+    graph, params = assemble(config, arrays, formats, compute_dtype, numerics, kernels, mesh)
     tokenizer_file = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
     return Model(graph, params, tokenizer, mesh, tokenizer_file if tokenizer else None)
 
 
-def _tiled(modules: Transformer) -> tuple[nnx.GraphDef, nnx.State]:
+def assemble(
+    config: Config,
+    arrays: dict[tuple[Any, ...], Array],
+    weight_formats: Mapping[tuple[Any, ...], str],
+    dtype: DTypeLike,
+    numerics: Numerics,
+    kernels: Kernels,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model of arrays as a checkpoint stores them.
+
+    Args:
+        config: its sizes.
+        arrays: every parameter by its path. They are taken out, so that each is freed once it is
+            in the order of kernels.
+        weight_formats: of each linear that may be packed, by path.
+        dtype, numerics, kernels, mesh: as for `load`.
+
+    Returns:
+        (graph, params)
+    """
+    modules = Transformer(config, dtype, numerics, kernels)
+    for path, module in nnx.iter_modules(modules):
+        if isinstance(module, Linear) and path in weight_formats:
+            module.repack(weight_formats[path])
+    graph, declared = nnx.split(modules)
+    flat = nnx.to_flat_state(declared)
+    params = nnx.from_flat_state([(path, v.replace(arrays.pop(path))) for path, v in flat])
+    modules = nnx.merge(graph, params)
+    del params
     for _, module in nnx.iter_modules(modules):
-        if isinstance(module, Linear):
-            module.tile()
+        if isinstance(module, Linear) and mesh is None:
+            module.arrange(kernels, dtype)
+        elif isinstance(module, Router) and numerics.gate == "nvfp4":
+            module.quantize_gate()
     return nnx.split(modules)
 
 

@@ -3,30 +3,51 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+ACTIVATIONS = ("bf16", "e4m3", "nvfp4")
+GATES = ("stored", "bfloat16", "nvfp4")
+
 
 @dataclass(frozen=True)
 class Numerics:
-    """The quantisation points the released weights were trained with, as switches.
+    """What is rounded beyond the weights; the defaults are what the released ones expect.
 
     Attributes:
-        quantize_activations: Q1, inputs of FP8 and FP4 linears to E4M3, one power-of-two scale
-            per row and 128 channels. Linears with float weights are never affected.
+        activations: Q1, inputs of linears with packed weights. Those with float weights, and
+            block-diagonal ones, are never affected.
+            "bf16": as they are, in the compute dtype: W4A16 and W8A16.
+            "e4m3": to E4M3, one power-of-two scale per row and 128 channels: W4A8 and W8A8.
+            "nvfp4": of linears with FP4 weights to NVFP4, with a global scale per row of
+            amax / (6 * 448), so that no row depends on another: W4A4; of FP8 ones as "e4m3".
         quantize_kv: Q2, window and compressed KV entries to the 584-byte record
             (non-rotary channels E4M3 in groups of 64, rotary channels BF16).
         quantize_indexer: Q3, indexer queries and keys to MXFP4 after the Hadamard rotation.
+        gate: what routers multiply: "stored", the checkpoint's weight; "bfloat16" or "nvfp4",
+            both operands or the weight rounded to it at load.
 
-    `Numerics.EXACT` switches all of them off: with `dtype=float32` every product is a true
-    float32 product on every backend. `Numerics.CHECKPOINT`, the default everywhere, switches all
-    of them on.
+    `Numerics.EXACT` rounds nothing: with `dtype=float32` every product is a true float32 product
+    on every backend. `Numerics.CHECKPOINT`, the default everywhere, rounds where the released
+    weights were trained to be rounded.
+
+    Raises:
+        ValueError: an unknown name.
     """
 
-    quantize_activations: bool = True
+    activations: str = "e4m3"
     quantize_kv: bool = True
     quantize_indexer: bool = True
+    gate: str = "stored"
 
     EXACT: ClassVar["Numerics"]
     CHECKPOINT: ClassVar["Numerics"]
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("activations", self.activations, ACTIVATIONS),
+            ("gate", self.gate, GATES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
 
-Numerics.EXACT = Numerics(False, False, False)
+
+Numerics.EXACT = Numerics("bf16", False, False)
 Numerics.CHECKPOINT = Numerics()

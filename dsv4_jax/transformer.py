@@ -1,10 +1,12 @@
 """The model as modules, and the pure functions that run it.
 
 `graph, params = nnx.split(Transformer(...))` once; everything here takes the two, so that
-`jax.jit`, `jax.grad` and `lax.scan` see plain pytrees. `graph` is static: config, dtype, numerics
-and weight formats are in it.
+`jax.jit`, `jax.grad` and `lax.scan` see plain pytrees. `graph` is static: config, dtype, numerics,
+kernels and weight formats are in it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsv4_jax.cache.handle import Chunk, LayerView, StepCache, WholeSequence
 from dsv4_jax.cache.schema import CacheArrays, CacheSchema
 from dsv4_jax.config import Config
+from dsv4_jax.kernels import Kernels, running
 from dsv4_jax.layers.block import Block
 from dsv4_jax.layers.hyper_connections import HyperHead
 from dsv4_jax.layers.linear import Linear
@@ -24,6 +27,7 @@ from dsv4_jax.layers.mtp import MTPBlock
 from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.hyper_connections import hc_post
 from dsv4_jax.ops.product import accumulation
 
 
@@ -62,10 +66,17 @@ class Embedding(nnx.Module):
 class Transformer(nnx.Module):
     """embed -> blocks -> head, with the MTP blocks beside."""
 
-    def __init__(self, config: Config, dtype: DTypeLike, numerics: Numerics):
+    def __init__(
+        self,
+        config: Config,
+        dtype: DTypeLike,
+        numerics: Numerics,
+        kernels: Kernels = Kernels.FASTEST,
+    ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.numerics = numerics
+        self.kernels = kernels
         self.embed = Embedding(config)
         self.layers = nnx.List(
             [
@@ -85,6 +96,12 @@ class Transformer(nnx.Module):
         """Whether float32 is all the rounding there is, and products are worth float64 sums."""
         return self.numerics == Numerics.EXACT and self.dtype == jnp.float32
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What is traced inside adds up and chooses kernels as this model does."""
+        with accumulation(self.exact), running(self.kernels):
+            yield
+
     def streams(
         self, tokens: Int[Array, "b t"], views: list[LayerView]
     ) -> tuple[Float[Array, "b t n d"], Capture]:
@@ -92,13 +109,18 @@ class Transformer(nnx.Module):
         x = self.embed(tokens, self.dtype)
         x = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], self.config.hc_mult, x.shape[-1]))
         hidden, seen = [], []
-        for block, view in zip(self.layers, views, strict=True):
-            x, layer_seen = block(x, tokens, view)
-            hidden.append(x)
+        entered = self.layers[0].enter(x)
+        for i, (block, view) in enumerate(zip(self.layers, views, strict=True)):
+            left, layer_seen = block.between(entered, tokens, view)
             seen.append(layer_seen)
+            if i + 1 < len(self.layers):
+                entered = self.layers[i + 1].enter_after(left)
+                hidden.append(entered[0])
+        hidden.append(hc_post(*left))
         weights, ids, selected = zip(*seen, strict=True)
-        return x, Capture(tuple(hidden), weights, ids, selected)
+        return hidden[-1], Capture(tuple(hidden), weights, ids, selected)
 
+    @jax.named_scope("head")
     def logits(self, streams: Float[Array, "b t n d"]) -> Float[Array, "b t v"]:
         """Final collapse, norm and head; float32 products."""
         return self.head(self.norm(self.hc_head(streams)), jnp.float32)
@@ -117,6 +139,7 @@ def initialize(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.bfloat16,
     numerics: Numerics = Numerics.CHECKPOINT,
+    kernels: Kernels = Kernels.FASTEST,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A model with random float32 parameters.
 
@@ -125,11 +148,12 @@ def initialize(
         key: a JAX random key.
         dtype: compute dtype.
         numerics: quantisation points.
+        kernels: which implementation of each operation runs.
 
     Returns:
         (graph, params) as the pure functions take them.
     """
-    graph, params = nnx.split(Transformer(config, dtype, numerics))
+    graph, params = nnx.split(Transformer(config, dtype, numerics, kernels))
     leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def value(variable: nnx.Variable, key: PRNGKeyArray) -> nnx.Variable:
@@ -173,7 +197,7 @@ def forward(
     # Whole windows let attention run in blocks; what is appended comes after every real query.
     padding = -t % window if t > window else 0
     padded = jnp.pad(tokens, ((0, 0), (0, padding)))
-    with accumulation(model.exact):
+    with model.running():
         views: list[LayerView] = [model.whole_sequence(b, t + padding) for _ in model.layers]
         streams, seen = model.streams(padded, views)
         logits = model.logits(streams[:, :t])
@@ -203,7 +227,7 @@ def prefill_step(
     """
     b, t = tokens.shape
     model = nnx.merge(graph, params)
-    with accumulation(model.exact):
+    with model.running():
         step = StepCache(arrays, Chunk(arrays.lengths[:b], lengths, t))
         views: list[LayerView] = [step.layer(i) for i in range(len(model.layers))]
         streams, _ = model.streams(tokens, views)
@@ -238,7 +262,7 @@ def draft_logits(
         ValueError: the model has no MTP block.
     """
     model = nnx.merge(graph, params)
-    with accumulation(model.exact):
+    with model.running():
         if not model.mtp:
             raise ValueError(
                 "draft_logits: the model has no MTP block (num_nextn_predict_layers 0)"

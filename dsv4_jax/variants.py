@@ -8,11 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_jax.cache.handle import LayerView
-from dsv4_jax.checkpoint.convert import LEAVES, converted, converted_config
-from dsv4_jax.layers.experts import RoutedExperts
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.convert import converted, converted_config
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.indexer import Indexer
-from dsv4_jax.layers.linear import Linear
-from dsv4_jax.model import Model
+from dsv4_jax.model import Model, assemble
+from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.topk import topk_select
 from dsv4_jax.parallel.sharding import param_sharding
 from dsv4_jax.transformer import Transformer
@@ -46,40 +47,45 @@ def without(model: Model, part: str) -> Model:
     return Model(*nnx.split(modules), model.tokenizer, model.mesh)
 
 
-def with_experts(model: Model, experts: str) -> Model:
-    """The model with its routed experts in another format; `model` stays as it is.
+def rebuilt(
+    model: Model,
+    *,
+    experts: str | None = None,
+    linears: str | None = None,
+    numerics: Numerics | None = None,
+    kernels: Kernels | None = None,
+) -> Model:
+    """The model with weights in other formats, other numerics or kernels; `model` stays as it is.
 
     Args:
-        model: any model.
-        experts: "nvfp4", "mxfp4", "fp8" or "bf16".
+        model: one whose weights are as a checkpoint stores them.
+        experts: format of the routed experts: "nvfp4", "mxfp4", "fp8" or "bf16".
+        linears: format of the other packed matrices: "fp8" or "bf16".
+        numerics, kernels: as for `dsv4_jax.load`.
 
     Raises:
-        ValueError: as `checkpoint.convert.converted`.
+        ValueError: as `checkpoint.convert.converted`; weights in the order of kernels.
     """
-    modules = nnx.merge(model.graph, model.params)
-    linears: dict[tuple[Any, ...], Linear] = {
-        path: module for path, module in nnx.iter_modules(modules) if isinstance(module, Linear)
+    model.check_stored("convert")
+    modules: dict[tuple[Any, ...], Any] = dict(
+        nnx.iter_modules(nnx.merge(model.graph, model.params))
+    )
+    formats = {
+        spec.path[:-1]: modules[spec.path[:-1]].weight_format
+        for spec in names.tensors(model.config)
+        if spec.kind in ("linear", "expert")
     }
     params: dict[tuple[Any, ...], Array] = {
         path: variable[...] for path, variable in nnx.to_flat_state(model.params)
     }
-    formats = {path: linear.weight_format for path, linear in linears.items()}
-    params, formats = converted(params, formats, experts)
-    modules.config = converted_config(model.config, formats, experts)
-    parents = {path: m for path, m in nnx.iter_modules(modules) if isinstance(m, RoutedExperts)}
-    for path, old in linears.items():
-        if path[:-1] not in parents:
-            continue
-        linear = Linear(old.in_features, old.out_features, model.numerics, old.stack)
-        linear.repack(formats[path])
-        for leaf in LEAVES[formats[path]]:
-            array = params[(*path, leaf)]
-            if model.mesh is not None:
-                sharding = param_sharding(model.mesh, (*path, leaf), array.shape)
-                array = jax.device_put(array, sharding)
-            setattr(linear, leaf, getattr(linear, leaf).replace(array))
-        setattr(parents[path[:-1]], path[-1], linear)
-    return Model(*nnx.split(modules), model.tokenizer, model.mesh)
+    params, formats = converted(params, formats, experts, linears)
+    config = converted_config(model.config, formats, experts)
+    if model.mesh is not None:
+        for path, array in params.items():
+            params[path] = jax.device_put(array, param_sharding(model.mesh, path, array.shape))
+    numerics, kernels = numerics or model.numerics, kernels or model.kernels
+    parts = assemble(config, params, formats, model.dtype, numerics, kernels, model.mesh)
+    return Model(*parts, model.tokenizer, model.mesh)
 
 
 class RandomIndexer(Indexer):

@@ -9,9 +9,10 @@ from flax import nnx
 import dsv4_jax
 from dsv4_jax.checkpoint.convert import converted
 from dsv4_jax.checkpoint.convert_files import convert
+from dsv4_jax.checkpoint.manifest import write_configs
 from dsv4_jax.checkpoint.read import read
 from dsv4_jax.config import Config
-from dsv4_jax.variants import with_experts
+from dsv4_jax.variants import rebuilt
 from tests.checkpoint_files import CONFIG as MIXED_CONFIG
 from tests.checkpoint_files import DTYPE_NAMES, MIXED, save
 from tests.test_checkpoint_read import hugging_face, hugging_face_case
@@ -106,6 +107,7 @@ def test_report_and_files(tmp_path, sources):
         "config.json",
         "conversion.json",
         "encoding/encoding_dsv4.py",
+        "hf_quant_config.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -119,6 +121,51 @@ def test_report_and_files(tmp_path, sources):
         "relative_errors": report.relative_errors,
     }
     assert len(report.relative_errors) == 3 * EXPERTS * 3 and report.num_exact > 20
+
+
+def test_manifest_of_nvfp4_checkpoints(tmp_path, sources):
+    """Both files say which modules are NVFP4; away from NVFP4 and back the files are the same."""
+    convert(sources["mxfp4"], tmp_path / "nvfp4", experts="nvfp4")
+    written = json.loads((tmp_path / "nvfp4" / "hf_quant_config.json").read_text())
+    scheme = {"quant_algo": "NVFP4", "group_size": 16}
+    experts = ("layers.0.ffn.experts", "layers.1.ffn.experts", "mtp.0.ffn.experts")
+    exclude = ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*.e_proj", "mtp.*.h_proj"]
+    assert written["quantization"] == {
+        "quant_algo": "MIXED_PRECISION",
+        "moe_quant_algo": "NVFP4",
+        "group_size": 16,
+        "kv_cache_quant_algo": None,
+        "quantized_layers": dict.fromkeys(experts, scheme),
+        "exclude_modules": exclude,
+    }
+    quantization = json.loads((tmp_path / "nvfp4" / "config.json").read_text())[
+        "quantization_config"
+    ]
+    assert quantization["quant_method"] == "fp8"
+    assert quantization["weight_block_size"] == [128, 128]
+    assert quantization["quantized_layers"] == written["quantization"]["quantized_layers"]
+    assert quantization["ignore"] == exclude
+
+    dsv4_jax.load(tmp_path / "nvfp4").save(tmp_path / "saved")
+    convert(tmp_path / "nvfp4", tmp_path / "mxfp4", experts="mxfp4")
+    assert not (tmp_path / "mxfp4" / "hf_quant_config.json").exists()
+    assert "ignore" not in (tmp_path / "mxfp4" / "config.json").read_text()
+    convert(tmp_path / "mxfp4", tmp_path / "again", experts="nvfp4")
+    for name in ("config.json", "hf_quant_config.json"):
+        first = (tmp_path / "nvfp4" / name).read_bytes()
+        assert (tmp_path / "saved" / name).read_bytes() == first
+        assert (tmp_path / "again" / name).read_bytes() == first
+
+
+def test_mtp_blocks_that_stay_are_excluded(tmp_path):
+    tensors = checkpoint(tmp_path / "in", "nvfp4")
+    config = Config.from_json(tensors)
+    formats = dict(read(tensors, config).weight_formats)
+    formats |= {path: "mxfp4" for path in formats if path[0] == "mtp" and "experts" in path}
+    write_configs(tmp_path, config, formats)
+    written = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+    assert written["exclude_modules"] == ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]
+    assert list(written["quantized_layers"]) == ["layers.0.ffn.experts", "layers.1.ffn.experts"]
 
 
 def test_wide_scales_and_mixed_formats(tmp_path):
@@ -172,7 +219,7 @@ def test_a_loaded_model(tmp_path, sources, experts):
     model = dsv4_jax.load(sources["mxfp4"], dtype="float32", numerics=dsv4_jax.Numerics.EXACT)
     convert(sources["mxfp4"], tmp_path / "out", experts=experts)
     from_disk = dsv4_jax.load(tmp_path / "out", dtype="float32", numerics=dsv4_jax.Numerics.EXACT)
-    model_in_memory = with_experts(model, experts)
+    model_in_memory = rebuilt(model, experts=experts)
     assert model_in_memory.graph == from_disk.graph
     params = dict(nnx.to_flat_state(from_disk.params))
     in_memory = dict(nnx.to_flat_state(model_in_memory.params))

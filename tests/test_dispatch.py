@@ -48,3 +48,10 @@ def test_without_a_name_kernels_are_for_cuda():
 def test_when_kernels_refuse_the_reference_runs():
     result = dispatch(None, {"pallas": refuses, "xla": xla}, jnp.float32(3), scale=2)
     assert result == 6
+
+
+def test_what_is_slower_than_the_reference_runs_by_name_only():
+    implementations = {"xla": xla, "ffi": kernel}
+    traced = jax.jit(lambda x: dispatch(None, implementations, x, scale=2)).trace(jnp.float32(3))
+    assert "stablehlo.add" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert dispatch("ffi", implementations, jnp.float32(3), scale=2) == 7

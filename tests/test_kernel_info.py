@@ -1,6 +1,7 @@
 """dsv4 info --kernels, and the report of compiled kernels' resources."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def test_what_runs_and_why_the_rest_does_not(monkeypatch):
     assert "CUDA library: off; there is no NVIDIA driver (libcuda.so.1)" in lines
     assert any(line.startswith("Pallas kernels: off; they need jax 0.11") for line in lines)
     assert any(line.startswith("CPU library: on; ") for line in lines)
+    assert re.search(r"Kernels\(\.\.\.\) chooses for: .*\bgemm,", " ".join(lines))
 
 
 def test_pallas_without_a_gpu(monkeypatch):

@@ -1,15 +1,22 @@
 """Experts against the oracle."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv4_jax.config import Config
+from dsv4_jax.formats import fp8_block, mxfp4, nvfp4
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.experts import MoE, RoutedExperts, SharedExpert, clamped_swiglu
 from dsv4_jax.numerics import Numerics
 from tests.checkpoints import random_config, random_tensors
 from tests.layers import CHAINED, assert_close, load, run
 from tests.oracles import experts as oracle
+from tests.oracles import formats
 from tests.oracles.weights import below, float64
 
 CONFIG = random_config()
@@ -139,3 +146,106 @@ def test_moe(layer, hash_routing):
         np.testing.assert_array_equal(ids[row], routing.ids)
         assert_close(weights[row], routing.weights)
         assert_close(y[row], expected, CHAINED)
+
+
+QUANTIZE = {
+    "fp8_block": jax.jit(fp8_block.quantize),
+    "mxfp4": jax.jit(mxfp4.quantize),
+    "nvfp4": jax.jit(nvfp4.quantize),
+}
+
+
+def decoded(linear):
+    return linear.decoded(jnp.float32)
+
+
+def pack(linear, weight_format):
+    """Quantises a loaded linear and returns the float64 values that it then has."""
+    arrays = QUANTIZE[weight_format](linear.weight[...])
+    linear.repack(weight_format)
+    for name, array in zip(("weight", "scale", "scale_2"), arrays, strict=False):
+        setattr(linear, name, nnx.Param(array))
+    if weight_format == "nvfp4":
+        linear.input_scale = nnx.Param(jnp.full(linear.stack, jnp.nan))
+    return np.asarray(run(linear, decoded), np.float64)
+
+
+def test_routed_and_shared_experts_in_formats_of_their_own():
+    module = load(MoE(Config.from_dict(CONFIG), False, Numerics.EXACT), FFN)
+    tensors = float64(FFN)
+    for name in ("w1", "w2", "w3"):
+        for e, values in enumerate(pack(getattr(module.experts, name), "mxfp4")):
+            tensors[f"experts.{e}.{name}.weight"] = values
+        values = pack(getattr(module.shared_experts, name), "nvfp4")
+        tensors[f"shared_experts.{name}.weight"] = values
+    x = normal(1, 9, D)
+    y, _, _ = run(module, MoE.__call__, x, np.zeros((1, 9), int), np.ones((1, 9), bool))
+    expected, _ = oracle.moe(x[0].astype(np.float64), np.zeros(9, int), tensors, CONFIG)
+    assert_close(y[0], expected, CHAINED)
+
+
+def test_a_gate_in_nvfp4():
+    """Scores are those of the gate's NVFP4 values and x in bfloat16."""
+    numerics = replace(Numerics.EXACT, gate="nvfp4")
+    module = load(MoE(Config.from_dict(CONFIG), False, numerics), FFN)
+    gate = formats.to_bfloat16(FFN["gate.weight"].astype(np.float64))
+    module.gate.quantize_gate()
+    tensors = float64(FFN) | {"gate.weight": formats.nvfp4(gate)[3]}
+    x = formats.to_bfloat16(normal(1, 9, D).astype(np.float64)).astype(np.float32)
+    y, weights, ids = run(module, MoE.__call__, x, np.zeros((1, 9), int), np.ones((1, 9), bool))
+    expected, routing = oracle.moe(x[0].astype(np.float64), np.zeros(9, int), tensors, CONFIG)
+    assert routing.margin > 1e-5
+    np.testing.assert_array_equal(ids[0], routing.ids)
+    assert_close(weights[0], routing.weights)
+    assert_close(y[0], expected, CHAINED)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "activations"), [("fp8_block", "e4m3"), ("mxfp4", "nvfp4")]
+)
+def test_tokens_do_not_depend_on_each_other(weight_format, activations):
+    """Neither on a token with an outlier, nor on what stands in padding."""
+    numerics = replace(Numerics.EXACT, activations=activations)
+    module = load(RoutedExperts(Config.from_dict(CONFIG), numerics), FFN, "experts")
+    for linear in (module.w1, module.w2, module.w3):
+        pack(linear, weight_format)
+    x = normal(6, D)
+    x[1] = 0
+    weights, ids = random_routes(6)
+    valid = np.arange(6) < 5
+    calm = np.asarray(run(module, RoutedExperts.__call__, x, weights, ids, valid))
+    x[3, 7] = 1e4 * abs(x).max()
+    x[5] = np.nan
+    y = np.asarray(run(module, RoutedExperts.__call__, x, weights, ids, valid))
+    others = [0, 1, 2, 4]
+    np.testing.assert_array_equal(y[others], calm[others])
+    assert not y[1].any() and not y[5].any()
+    assert np.isfinite(y).all() and y[3].any()
+
+
+def test_nvfp4_activations_of_routed_experts():
+    """x, and the hidden state after its routing weight, to NVFP4 with a global scale per row."""
+    numerics = replace(Numerics.EXACT, activations="nvfp4")
+    module = load(RoutedExperts(Config.from_dict(CONFIG), numerics), FFN, "experts")
+    linears = (module.w1, module.w2, module.w3)
+    w1, w2, w3 = (pack(linear, "nvfp4") for linear in linears)
+    x = normal(5, D)
+    weights, ids = random_routes(5)
+    expected = np.zeros((5, D))
+
+    def rounded(row):
+        return formats.nvfp4(row[None])[3][0]
+
+    for n in range(5):
+        for weight, e in zip(weights[n], ids[n], strict=True):
+            gate, up = w1[e] @ rounded(x[n]), w3[e] @ rounded(x[n])
+            hidden = oracle.clamped_swiglu(gate, up, CONFIG["swiglu_limit"]) * weight
+            expected[n] += w2[e] @ rounded(hidden)
+    y = run(module, RoutedExperts.__call__, x, weights, ids, np.ones(5, bool))
+    assert_close(y, expected, CHAINED)
+    for linear in linears:
+        linear.arrange(Kernels(nvfp4_gemm="ffi"), jnp.float32)
+        assert linear.is_swizzled
+    # Their products are rounded to bfloat16, and codes next to a middle to the other side.
+    y = run(module, RoutedExperts.__call__, x, weights, ids, np.ones(5, bool))
+    assert_close(y, expected, 0.05)

@@ -1,13 +1,16 @@
 """Linear layers of every weight format, codes decoded by their definition."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.numerics import Numerics
 from tests.layers import assert_close, assert_rounded_once, load, run
+from tests.oracles import formats
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E2M1 = np.concatenate([E2M1, -E2M1])
@@ -58,6 +61,9 @@ def nvfp4(rng, *stack):
 
 
 FORMATS = {"fp8_block": fp8_block, "mxfp4": mxfp4, "nvfp4": nvfp4}
+
+
+BF16, E4M3, NVFP4 = (Numerics(activations=name) for name in ("bf16", "e4m3", "nvfp4"))
 
 
 def linear(weight_format, parameters, numerics=Numerics.EXACT, stack=()):
@@ -138,21 +144,92 @@ def q1(x):
     return y
 
 
+def nvfp4_rows(x):
+    """NVFP4 with a global scale per row."""
+    return np.concatenate([formats.nvfp4(row[None])[3] for row in x])
+
+
+def inputs_of(weight_format, numerics):
+    """How the oracle rounds."""
+    if numerics is BF16:
+        return np.float64
+    return nvfp4_rows if numerics is NVFP4 and weight_format != "fp8_block" else q1
+
+
+@pytest.mark.parametrize("numerics", [BF16, E4M3, NVFP4], ids=lambda n: n.activations)
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_activations_are_quantised_for_packed_weights(weight_format):
+def test_activation_policy(weight_format, numerics):
     parameters, w = FORMATS[weight_format](np.random.default_rng(5))
     x = normal(3, COLUMNS) * np.array([[1.0], [300.0], [1e-6]], np.float32)
-    assert abs(q1(x) - x).max() > 1
-    y = run(linear(weight_format, parameters, Numerics.CHECKPOINT), Linear.__call__, x)
-    for row, expected in enumerate(q1(x) @ w.T):
+    rounded = inputs_of(weight_format, numerics)(x)
+    assert numerics is BF16 or abs(rounded - x).max() > 1
+    y = run(linear(weight_format, parameters, numerics), Linear.__call__, x)
+    for row, expected in enumerate(rounded @ w.T):
         assert_close(y[row], expected)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "numerics"),
+    [("fp8_block", E4M3), ("nvfp4", E4M3), ("mxfp4", NVFP4), ("nvfp4", NVFP4)],
+)
+def test_outliers_zeros_and_padding(weight_format, numerics):
+    """An outlier in one row saturates nothing, and no other row's result changes by a bit."""
+    parameters, w = FORMATS[weight_format](np.random.default_rng(6))
+    module = linear(weight_format, parameters, numerics)
+    x = normal(4, COLUMNS, seed=7)
+    x[1] = 0
+    calm = np.asarray(run(module, Linear.__call__, x))
+    x[2, 5] = 1e4 * abs(x).max()
+    x[3] = np.nan  # what stands in padding
+    y = np.asarray(run(module, Linear.__call__, x))
+    np.testing.assert_array_equal(y[:2], calm[:2])
+    assert not y[1].any()
+    assert_close(y[2], inputs_of(weight_format, numerics)(x[2:3])[0] @ w.T)
+    rounded = inputs_of(weight_format, numerics)(x[2:3])[0]
+    assert abs(rounded[5] / x[2, 5] - 1) < 2**-3
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "nvfp4"])
+def test_nvfp4_inputs_lose_nothing_in_bfloat16(weight_format):
+    """Values without their global scales are exact there."""
+    parameters, w = FORMATS[weight_format](np.random.default_rng(8))
+    x = normal(3, COLUMNS, std=0.3)
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    module = linear(weight_format, parameters, NVFP4)
+    y = jax.jit(lambda x: module(x, jnp.float32))(jnp.asarray(x, jnp.bfloat16))
+    assert_close(y, nvfp4_rows(x) @ w.T)
 
 
 def test_activations_are_not_quantised_for_float_weights():
     w, x = normal(ROWS, COLUMNS, seed=1), normal(3, COLUMNS)
     exact = run(linear("float", {"weight": w}), Linear.__call__, x)
-    checkpoint = run(linear("float", {"weight": w}, Numerics.CHECKPOINT), Linear.__call__, x)
-    np.testing.assert_array_equal(exact, checkpoint)
+    for numerics in (E4M3, NVFP4):
+        y = run(linear("float", {"weight": w}, numerics), Linear.__call__, x)
+        np.testing.assert_array_equal(exact, y)
+
+
+def test_input_scale_is_never_used():
+    parameters, _ = nvfp4(np.random.default_rng(9))
+    x = normal(3, COLUMNS)
+    for numerics in (E4M3, NVFP4):
+        with_scale = run(linear("nvfp4", parameters, numerics), Linear.__call__, x)
+        module = linear("nvfp4", parameters | {"input_scale": np.float32(np.nan)}, numerics)
+        assert np.isnan(module.input_scale[...])
+        np.testing.assert_array_equal(run(module, Linear.__call__, x), with_scale)
+
+
+def test_nvfp4_products_in_the_order_of_tensor_cores():
+    """What the kernels for them read; on this CPU their XLA reference, rounded to bfloat16."""
+    parameters, w = nvfp4(np.random.default_rng(10))
+    module = linear("nvfp4", parameters, NVFP4)
+    module.arrange(Kernels.XLA, jnp.bfloat16)
+    assert not module.is_arranged
+    module.arrange(Kernels(nvfp4_gemm="ffi"), jnp.bfloat16)
+    assert module.is_swizzled and module.is_arranged
+    x = normal(2, 3, COLUMNS)
+    y = jax.jit(module)(jnp.asarray(x))
+    assert y.dtype == jnp.float32
+    assert_close(y, (nvfp4_rows(x.reshape(6, -1)) @ w.T).reshape(2, 3, -1), 2.0**-8)
 
 
 def test_unknown_format_is_refused():

@@ -27,11 +27,11 @@ from weights import flatten, initial, unflatten  # noqa: E402
 import dsv4_jax  # noqa: E402
 from dsv4_jax.config import Config  # noqa: E402
 from dsv4_jax.decoding.evaluate import Evaluation  # noqa: E402
-from dsv4_jax.layers.norms import rms_normalize  # noqa: E402
 from dsv4_jax.mini.text import Document  # noqa: E402
 from dsv4_jax.numerics import Numerics  # noqa: E402
+from dsv4_jax.ops.norms import rms_normalize  # noqa: E402
 from dsv4_jax.transformer import initialize  # noqa: E402
-from dsv4_jax.variants import with_experts  # noqa: E402
+from dsv4_jax.variants import rebuilt  # noqa: E402
 
 forward = jax.jit(dsv4_jax.forward, static_argnames="capture")
 
@@ -265,7 +265,7 @@ def test_long_contexts_cost_nothing_for_texts_that_fit_short_ones(monkeypatch):
 
 def test_same_values():
     mini = dsv4_jax.load("mini", dtype="float32")
-    assert table.same_values(mini, with_experts(mini, "nvfp4"))
+    assert table.same_values(mini, rebuilt(mini, experts="nvfp4"))
     path = ("layers", 2, "ffn", "experts", "w1", "scale")
     changed = {
         key: variable.replace(variable[...] + np.uint8(1)) if key == path else variable

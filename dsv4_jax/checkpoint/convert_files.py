@@ -18,6 +18,7 @@ from dsv4_jax.checkpoint.convert import (
     width_problem,
 )
 from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.manifest import write_configs
 from dsv4_jax.checkpoint.plan import Leaf, Plan, make_plan
 from dsv4_jax.checkpoint.read import read_leaf
 from dsv4_jax.checkpoint.shards import Shards
@@ -79,8 +80,8 @@ def convert(
     conversion that is run again keeps its finished shards; the result is the same to the byte.
     Host memory: two matrices of an expert, or one other tensor, and their float32 values.
 
-    `target` gets the shards and their index, config.json, tokenizer.json, the encoding file, and
-    conversion.json: the report.
+    `target` gets the shards and their index, config.json, with NVFP4 experts hf_quant_config.json,
+    tokenizer.json, the encoding file, and conversion.json: the report.
 
     Args:
         source: directory of the checkpoint.
@@ -147,7 +148,8 @@ def convert(
         if findings := make_plan(written.tensors, new_config).findings:
             raise CheckpointError(target, findings)
     report = _report([records.records[file] for file in parts])
-    _write_rest(source, target, new_config, job, report)
+    _write_rest(source, target, job, report)
+    write_configs(target, new_config, formats)
     records.remove()
     return report
 
@@ -270,8 +272,8 @@ def _report(records: list[journal.Record]) -> Report:
     return Report(len(errors) - len(inexact), inexact)
 
 
-def _write_rest(source: Path, target: Path, config: Config, job: dict, report: Report) -> None:
-    """All but the weights; config.json last, so that before it this is no checkpoint."""
+def _write_rest(source: Path, target: Path, job: dict, report: Report) -> None:
+    """All but weights and configs; config.json comes last: before it this is no checkpoint."""
     for name in ("tokenizer.json", ENCODING_FILE):
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
@@ -284,4 +286,3 @@ def _write_rest(source: Path, target: Path, config: Config, job: dict, report: R
         "relative_errors": report.relative_errors,
     }
     files.write_json(target / REPORT_FILE, content)
-    files.write_json(target / "config.json", config.to_dict())

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv4_jax.checkpoint import files, names, values
 from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.checkpoint.manifest import MANIFEST_FILE, write_configs
 from dsv4_jax.checkpoint.plan import Leaf, make_plan
 from dsv4_jax.checkpoint.shards import INDEX_FILE, StoredTensor
 from dsv4_jax.config import Config
@@ -37,7 +38,7 @@ def write(
     tokenizer_file: str | Path | None = None,
     max_shard_bytes: int = files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the shards, their index if there are several, the tokenizer and config.json.
+    """Writes the shards, their index if there are several, the tokenizer and the configs.
 
     Every value is written as it is, packed weights packed: `read` gives the same arrays back.
     A file has a temporary name until it is complete and synced, and config.json comes last, so
@@ -62,8 +63,9 @@ def write(
         raise ValueError(f"tokenizer_file: got {tokenizer_file}, expected a file")
     if not any(path[0] == "mtp" for path in params):
         config = replace(config, num_nextn_predict_layers=0)
+    outputs, weight_formats = _outputs(directory, config, params)
     shards = files.split(
-        _outputs(directory, config, params),
+        outputs,
         lambda output: output.tensor.num_bytes,
         max_shard_bytes,
     )
@@ -84,12 +86,15 @@ def write(
             files.write_index(directory, tensors)
         if tokenizer_file is not None:
             files.copy(tokenizer_file, created("tokenizer.json"))
-        files.write_json(directory / "config.json", config.to_dict())
+        created(MANIFEST_FILE)
+        write_configs(directory, config, weight_formats)
         on_error.pop_all()
 
 
-def _outputs(directory: Path, config: Config, params: Params) -> list[_Output]:
-    """What is to be written, checked as if it were being read."""
+def _outputs(
+    directory: Path, config: Config, params: Params
+) -> tuple[list[_Output], dict[names.Path, names.WeightFormat]]:
+    """What is to be written, checked as if it were being read, and the formats of matrices."""
     tensors: dict[str, StoredTensor] = {}
     findings = []
     for path, array in params.items():
@@ -112,7 +117,7 @@ def _outputs(directory: Path, config: Config, params: Params) -> list[_Output]:
     plan = make_plan(tensors, config)
     if findings or plan.findings:
         raise CheckpointError(directory, findings + plan.findings)
-    return [
+    outputs = [
         _Output(
             leaf.part._replace(name=source.tensor, dtype=source.dtype),
             leaf,
@@ -121,6 +126,7 @@ def _outputs(directory: Path, config: Config, params: Params) -> list[_Output]:
         for leaf in plan.leaves
         for row, source in enumerate(leaf.sources)
     ]
+    return outputs, plan.weight_formats
 
 
 def _arrays(

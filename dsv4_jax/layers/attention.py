@@ -1,5 +1,6 @@
 """Multi-query attention over a sliding window and compressed entries."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -9,11 +10,12 @@ from dsv4_jax.config import Config
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.indexer import Indexer
 from dsv4_jax.layers.linear import Linear
-from dsv4_jax.layers.norms import RMSNorm, rms_normalize
+from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.attention import Source, attention
+from dsv4_jax.ops.norms import rms_normalize
 
 # Up to this many entries per selected one, masking all entries is cheaper than gathering the
 # selected ones for every query of a chunk.
@@ -47,15 +49,18 @@ class Attention(nnx.Module):
         if ratio == 4:
             self.indexer = Indexer(config, ratio, numerics)
 
+    @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "b t d"], view: LayerView
     ) -> tuple[Float[Array, "b t d"], Int[Array, "b t k"] | None]:
         """Returns (output, ids of the selected entries in a CSA layer or None)."""
         positions = view.chunk.positions
-        q_lora = self.q_norm(self.wq_a(x))
-        q = self.wq_b(q_lora).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        with jax.named_scope("attention projections"):
+            q_lora = self.q_norm(self.wq_a(x))
+            q = self.wq_b(q_lora).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+            kv = self.kv_norm(self.wkv(x))
         q = self.rotary(rms_normalize(q, self.eps), positions)
-        kv = self.rotary(self.kv_norm(self.wkv(x)), positions)
+        kv = self.rotary(kv, positions)
 
         sources = [view.window(view.storage("csa").encode(kv), x.dtype)]
         selected = None
@@ -95,6 +100,7 @@ class Attention(nnx.Module):
         chosen = jnp.zeros_like(visible).at[row, query, target].set(True, mode="drop")
         return Source(view.entries("csa", x.dtype)[:, None], chosen), selected
 
+    @jax.named_scope("attention projections")
     def _project_out(self, o: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:
         """Heads in consecutive groups, each through its own low-rank matrix, then one to d."""
         b, t = o.shape[:2]

@@ -1,5 +1,6 @@
 """Compressors: many tokens' hidden states to one entry."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -39,6 +40,7 @@ class Compressor(nnx.Module):
         ape = self.ape[...].astype(jnp.float32)[positions % self.ratio]
         return jnp.stack([value, self.wgate(x, jnp.float32) + ape], axis=2)
 
+    @jax.named_scope("compressors")
     def __call__(self, x: Float[Array, "b t d"], view: LayerView, pool: PoolName) -> None:
         """Folds the chunk into the pool's tail and appends the entries that it completes."""
         rows = self.rows(x, view.chunk.positions)

@@ -1,5 +1,6 @@
 """Gated feed-forward experts: routed and shared."""
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -7,13 +8,7 @@ from dsv4_jax.config import Config
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.layers.router import Router
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.experts import (
-    Projection,
-    clamped_swiglu,
-    experts_in_tiles,
-    routed_experts,
-)
-from dsv4_jax.ops.product import product
+from dsv4_jax.ops.experts import clamped_swiglu, experts_in_tiles, routed_experts
 
 
 class SharedExpert(nnx.Module):
@@ -26,6 +21,7 @@ class SharedExpert(nnx.Module):
         self.w2 = Linear(f, d, numerics)
         self.w3 = Linear(d, f, numerics)
 
+    @jax.named_scope("shared expert")
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit).astype(x.dtype))
 
@@ -42,6 +38,7 @@ class RoutedExperts(nnx.Module):
         self.w2 = Linear(f, d, numerics, stack)
         self.w3 = Linear(d, f, numerics, stack)
 
+    @jax.named_scope("routed experts")
     def __call__(
         self,
         x: Float[Array, "n d"],
@@ -55,7 +52,6 @@ class RoutedExperts(nnx.Module):
         """
         if self.w1.is_tiled:
             w1, w3, w2 = (linear.blocks.get_value() for linear in (self.w1, self.w3, self.w2))
-            rounds_input = self.w1.rounds_input
             return routed_experts(
                 x,
                 weights,
@@ -65,21 +61,14 @@ class RoutedExperts(nnx.Module):
                 w3,
                 w2,
                 limit=self.limit,
-                round_input=rounds_input,
+                round_input=self.w1.rounds_input,
             )
-
-        def project(linear: Linear) -> Projection:
-            def of_tiles(tiles: Array, tile_expert: Array) -> Array:
-                return product("gti,goi->gto", *linear.operands(tiles, index=tile_expert))
-
-            return of_tiles
-
         return experts_in_tiles(
             x,
             weights,
             expert_ids,
             valid,
-            (project(self.w1), project(self.w3), project(self.w2)),
+            (self.w1.of_tiles, self.w3.of_tiles, self.w2.of_tiles),
             num_experts=self.num_experts,
             limit=self.limit,
         )
@@ -89,7 +78,8 @@ class MoE(nnx.Module):
     """Router, routed experts and the shared expert."""
 
     def __init__(self, config: Config, hash_routing: bool, numerics: Numerics):
-        self.gate = Router(config, "hash" if hash_routing else "dense")
+        mode = "hash" if hash_routing else "dense"
+        self.gate = Router(config, mode, operands=numerics.gate)
         self.experts = RoutedExperts(config, numerics)
         self.shared_experts = SharedExpert(config, numerics)
 

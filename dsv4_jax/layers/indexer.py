@@ -1,5 +1,6 @@
 """Lightning indexer: scores compressed entries and keeps the best for every query."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -38,6 +39,7 @@ class Indexer(nnx.Module):
         q = hadamard(self.rotary(q, positions))
         return indexer_key.round_trip(q) if self.quantize else q
 
+    @jax.named_scope("indexer")
     def __call__(
         self,
         x: Float[Array, "b t d"],

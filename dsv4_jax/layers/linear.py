@@ -9,10 +9,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv4_jax.formats import fp8_block, mxfp4, nvfp4, tiled
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.gemm import gemm, grouped_gemm
+from dsv4_jax.ops.nvfp4_gemm import nvfp4_gemm, nvfp4_grouped_gemm
 from dsv4_jax.ops.product import product
+from dsv4_jax.ops.quantize import nvfp4_quantize
 
 # How a weight of each format is put into the kernels' blocks, and the parameters it takes.
 _TILINGS: dict[str, tuple[Callable[..., tiled.TiledWeight], tuple[str, ...]]] = {
@@ -21,17 +24,21 @@ _TILINGS: dict[str, tuple[Callable[..., tiled.TiledWeight], tuple[str, ...]]] = 
     "mxfp4": (tiled.tile_mxfp4, ("weight", "scale")),
     "nvfp4": (tiled.tile_nvfp4, ("weight", "scale", "scale_2")),
 }
+# Compute capabilities of devices with kernels that decode weights, and with FP4 tensor cores.
+_DECODING, _FP4_UNITS = ("9.0", "10."), ("10.",)
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ, the weight kept as the checkpoint stores it.
+    """y = x Wᵀ: a weight format, in which the checkpoint stores W, and an activation policy.
 
     `weight_format` is "float" (float32 or bfloat16), "fp8_block" (E4M3 with a power-of-two scale
     per 128 x 128 block), "mxfp4" (E2M1 pairs with a power-of-two scale per 32 inputs) or "nvfp4"
-    (E2M1 pairs, E4M3 scale per 16 inputs, float32 scale per matrix). A packed weight has its
-    input quantised (Q1) when `numerics` says so. `stack` puts leading axes before [out, in].
-    After `tile` the weight is one parameter `blocks` instead, and products run on kernels where
-    there are some.
+    (E2M1 pairs, E4M3 scale per 16 inputs, float32 scale per matrix; a stored input_scale is kept
+    to be looked at and never used). `inputs` says how x is rounded, as
+    `numerics.activations` and the weight format want it. `stack` puts leading axes before
+    [out, in].
+
+    `arrange` puts the weight into the order in which kernels read it.
     """
 
     def __init__(
@@ -40,8 +47,9 @@ class Linear(nnx.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.stack = stack
-        self.quantize_activations = numerics.quantize_activations
+        self.activations = numerics.activations
         self.weight_format = "float"
+        self.is_swizzled = False
         self.weight = parameter(*stack, out_features, in_features)
 
     def repack(self, weight_format: str) -> None:
@@ -68,11 +76,36 @@ class Linear(nnx.Module):
                 )
         self.weight_format = weight_format
 
+    @property
+    def inputs(self) -> str:
+        """How x is rounded: "bf16" (it is not), "e4m3" or "nvfp4", see `Numerics.activations`."""
+        if self.weight_format == "float":
+            return "bf16"
+        if self.activations == "nvfp4" and self.weight_format == "fp8_block":
+            return "e4m3"
+        return self.activations
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether x is rounded to E4M3."""
+        return self.inputs == "e4m3"
+
+    def arrange(self, kernels: Kernels, dtype: DTypeLike) -> None:
+        """Puts the weight into the order of the kernels that will run on inputs of `dtype`."""
+        if self.inputs == "nvfp4":
+            if kernels.take_weights("nvfp4_gemm", _FP4_UNITS, dtype):
+                self.swizzle()
+        elif kernels.take_weights("experts" if self.stack else "gemm", _DECODING, dtype):
+            self.tile()
+
     def tile(self) -> None:
-        """Puts the weight into the blocks that kernels read; float32 weights stay as they are."""
+        """Puts the weight into one parameter `blocks`, which kernels decode for 16-bit products.
+
+        A float32 weight stays as it is, and so does one that NVFP4 inputs are multiplied with.
+        """
         tile, names = _TILINGS[self.weight_format]
         arrays = [getattr(self, name)[...] for name in names]
-        if self.weight_format == "float" and arrays[0].dtype != jnp.bfloat16:
+        if arrays[0].dtype == jnp.float32 or self.inputs == "nvfp4":
             return
 
         @jax.jit
@@ -84,20 +117,29 @@ class Linear(nnx.Module):
             delattr(self, name)
         self.blocks = nnx.Param(each(*arrays))
 
+    def swizzle(self) -> None:
+        """Puts an NVFP4 weight's scales where FP4 tensor cores, for NVFP4 inputs, expect them."""
+        if self.weight_format == "nvfp4" and self.inputs == "nvfp4":
+            self.scale = nnx.Param(jax.jit(nvfp4.swizzle)(self.scale[...]))
+            self.is_swizzled = True
+
     @property
     def is_tiled(self) -> bool:
         return hasattr(self, "blocks")
 
     @property
-    def rounds_input(self) -> bool:
-        """Whether the input is quantised first (Q1)."""
-        return self.weight_format != "float" and self.quantize_activations
+    def is_arranged(self) -> bool:
+        """Whether the weight is in a kernel's order, not as the checkpoint stores it."""
+        return self.is_tiled or self.is_swizzled
 
     def decoded(self, dtype: DTypeLike, index: Int[Array, "n"] | None = None) -> Array:
-        """The weight [*stack, out, in] in `dtype`; with `index`, these rows of the stack.
+        """The weight [*stack, out, in] in `dtype`; with `index`, these rows of the stack."""
+        if self.weight_format != "nvfp4":
+            return self._values(dtype, index)
+        return (self._values(jnp.float32, index) * self._global_scale(index)).astype(dtype)
 
-        E2M1 and E4M3 values times their block scales are exact in bfloat16.
-        """
+    def _values(self, dtype: DTypeLike, index: Array | None) -> Array:
+        """`decoded` without the global scale; of packed weights exact in bfloat16."""
 
         def take(param: nnx.Param) -> Array:
             return param[...] if index is None else param[...][index]
@@ -110,37 +152,59 @@ class Linear(nnx.Module):
             case "mxfp4":
                 return mxfp4.dequantize(take(self.weight), take(self.scale), dtype)
             case _:
-                return nvfp4.dequantize(
-                    take(self.weight), take(self.scale), take(self.scale_2), dtype
-                )
+                codes, scales = take(self.weight), take(self.scale)
+                return nvfp4.dequantize(codes, scales, jnp.ones(codes.shape[:-2]), dtype)
 
-    def operands(
-        self,
-        x: Float[Array, "..."],
-        out_dtype: DTypeLike | None = None,
-        index: Int[Array, "n"] | None = None,
-    ) -> tuple[Array, Array]:
-        """The two factors of the product: x after Q1 and the decoded weight, in one dtype.
+    def _global_scale(self, index: Array | None) -> Array:
+        scale = self.scale_2[...] if index is None else self.scale_2[...][index]
+        return scale[..., None, None] if self.stack else scale
 
-        The dtype is x's, except that a float32 result of a float32 weight is computed from
-        float32 operands.
-        """
-        dtype = x.dtype
-        if self.weight_format == "float" and out_dtype is not None:
-            dtype = jnp.promote_types(dtype, self.weight[...].dtype)
-        if self.rounds_input:
+    def _product(
+        self, spec: str, x: Array, dtype: DTypeLike, index: Array | None = None
+    ) -> Float[Array, "..."]:
+        """x, rounded, times the weight, both in `dtype`; global scales multiply the sums."""
+        row_scale = None
+        if self.inputs == "e4m3":
             x = fp8_block.round_trip(x)
-        return x.astype(dtype), self.decoded(dtype, index)
+        elif self.inputs == "nvfp4":
+            codes, scales, row_scale = nvfp4.quantize(x.reshape(-1, x.shape[-1]), per_row=True)
+            values = nvfp4.dequantize(codes, scales, jnp.ones_like(row_scale), dtype)
+            x, row_scale = values.reshape(x.shape), row_scale.reshape(*x.shape[:-1], 1)
+        y = product(spec, x.astype(dtype), self._values(dtype, index))
+        if self.weight_format == "nvfp4":
+            y = y * self._global_scale(index)
+        return y if row_scale is None else y * row_scale
 
     def __call__(
         self, x: Float[Array, "*batch i"], out_dtype: DTypeLike | None = None
     ) -> Float[Array, "*batch o"]:
-        """x Wᵀ accumulated in float32, returned in x's dtype or `out_dtype`."""
+        """x Wᵀ accumulated in float32, returned in x's dtype or `out_dtype`.
+
+        Both are multiplied in x's dtype, except that a float32 result of a float32 weight is
+        computed from float32 operands.
+        """
+        out_dtype = jnp.dtype(out_dtype or x.dtype)
         if self.is_tiled:
             blocks = self.blocks.get_value()
             return gemm(x, blocks, round_input=self.rounds_input, out_dtype=out_dtype)
-        a, w = self.operands(x, out_dtype)
-        return product("...i,oi->...o", a, w).astype(out_dtype or x.dtype)
+        if self.is_swizzled:
+            y = nvfp4_gemm(self._tokens(x), self._swizzled())
+            return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
+        dtype = x.dtype
+        if self.weight_format == "float" and out_dtype == jnp.float32:
+            dtype = jnp.promote_types(dtype, self.weight[...].dtype)
+        return self._product("...i,oi->...o", x, dtype).astype(out_dtype)
+
+    def of_tiles(
+        self, tiles: Float[Array, "g t i"], index: Int[Array, "g"]
+    ) -> Float[Array, "g t o"]:
+        """The rows of each tile times one matrix of the stack, float32 sums; `index` ascends."""
+        if self.is_swizzled:
+            sizes = jnp.bincount(index, length=self.stack[0]) * tiles.shape[1]
+            tokens, weights = self._tokens(tiles), self._swizzled()
+            y = nvfp4_grouped_gemm(tokens, weights, sizes.astype(jnp.int32))
+            return y.reshape(*tiles.shape[:2], -1)
+        return self._product("gti,goi->gto", tiles, tiles.dtype, index)
 
     def grouped(self, x: Float[Array, "*batch groups i"]) -> Float[Array, "*batch o"]:
         """Block-diagonal product: each group of inputs gives its share of the outputs.
@@ -152,3 +216,10 @@ class Linear(nnx.Module):
         *batch, num_groups, width = x.shape
         w = self.decoded(x.dtype).reshape(num_groups, -1, width)
         return product("...gi,goi->...go", x, w).astype(x.dtype).reshape(*batch, -1)
+
+    @staticmethod
+    def _tokens(x: Float[Array, "*batch i"]) -> tuple[Array, Array, Array]:
+        return nvfp4_quantize(x.reshape(-1, x.shape[-1]))
+
+    def _swizzled(self) -> tuple[Array, Array, Array]:
+        return self.weight[...], self.scale[...], self.scale_2[...]

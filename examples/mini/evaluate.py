@@ -33,7 +33,7 @@ from dsv4_jax.layers.linear import Linear
 from dsv4_jax.mini.text import collect, split
 from dsv4_jax.model import Model
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.variants import with_experts, without
+from dsv4_jax.variants import rebuilt, without
 
 CONTEXT, LONG_CONTEXT = 2048, 8192
 SAMPLING = {"max_new_tokens": 300, "temperature": 0.8, "top_p": 0.9}
@@ -58,7 +58,7 @@ def variants(source: str) -> dict[str, tuple[str, Model]]:
         "no rounding but the weights'": ("--numerics exact", load("float32", Numerics.EXACT)),
         "BF16 compute": ("--dtype bfloat16", load("bfloat16", Numerics.CHECKPOINT)),
         "BF16 cache": ("--cache dense", load("float32", BF16_CACHE)),
-        NVFP4: ("--experts nvfp4", with_experts(shipped, "nvfp4")),
+        NVFP4: ("--experts nvfp4", rebuilt(shipped, experts="nvfp4")),
     }
     if any(shipped.config.layer_ratios):
         rows |= {
