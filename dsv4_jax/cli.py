@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsv4_jax.bench.command import bench
+
 if TYPE_CHECKING:
     from dsv4_jax.decoding.generate import Piece
     from dsv4_jax.model import Model
@@ -95,15 +97,32 @@ def _sampling_options(
     )
 
 
-def _load(source: str, dtype: str | None, numerics: str, cache: str | None = None) -> "Model":
+def _load(
+    source: str,
+    dtype: str | None,
+    numerics: str,
+    cache: str | None = None,
+    experts: str | None = None,
+) -> "Model":
     import dsv4_jax
+    from dsv4_jax.compilation import cache_directory, keep_compiled_programs
+    from dsv4_jax.kernels import Kernels
+    from dsv4_jax.memory import use_all_memory_as_needed
     from dsv4_jax.numerics import Numerics
+    from dsv4_jax.variants import rebuilt
 
+    use_all_memory_as_needed()
+    keep_compiled_programs(cache_directory())
     points: Numerics = getattr(Numerics, numerics.upper())
     if cache is not None:
         rounds = cache == "records"
         points = replace(points, quantize_kv=rounds, quantize_indexer=rounds)
-    return dsv4_jax.load(source, dtype=dtype, numerics=points, progress=True)
+    options: dict[str, Any] = {"dtype": dtype, "numerics": points, "progress": True}
+    if experts is None:
+        return dsv4_jax.load(source, **options)
+    # As stored; what is converted then goes into the order of the kernels.
+    model = dsv4_jax.load(source, **options, kernels=Kernels.XLA)
+    return rebuilt(model, experts=experts, kernels=Kernels.FASTEST)
 
 
 @cli.command()
@@ -204,6 +223,24 @@ def chat(
         messages.append({"role": "assistant", "content": content, "reasoning_content": reasoning})
 
 
+@cli.command()
+@_model_options
+@click.option("--context", default=8192, help="Prompt and continuation together, in tokens.")
+def warmup(source: str, dtype: str | None, numerics: str, context: int) -> None:
+    """Compile what generate and chat run for texts of up to so many tokens.
+
+    Compiled programs and XLA's autotuning results are kept in $DSV4_CACHE_DIR, by default
+    ~/.cache/dsv4-jax, for every command from then on.
+    """
+    from dsv4_jax.decoding.generate import warm_up
+
+    begin = time.perf_counter()
+    model = _load(source, dtype, numerics)
+    num_programs = warm_up(model, min(context, model.config.max_position_embeddings))
+    seconds = time.perf_counter() - begin
+    click.echo(f"{num_programs} programs ready after {seconds:.1f} s")
+
+
 @cli.command("eval")
 @click.argument("files", nargs=-1, type=TEXT_FILE)
 @click.option("--context", type=int, help="Tokens of a window, BOS included.  [default: 2048]")
@@ -240,7 +277,7 @@ def evaluate(
     """
     from dsv4_jax.decoding.evaluate import evaluate as evaluated
     from dsv4_jax.mini.text import held_out
-    from dsv4_jax.variants import with_experts, without
+    from dsv4_jax.variants import without
 
     if files:
         texts = [_decode(file.read_bytes(), str(file)) for file in files]
@@ -249,9 +286,7 @@ def evaluate(
                 raise click.UsageError(f"{file} is empty.")
     else:
         texts = [document.text for document in held_out()]
-    model = _load(source, dtype, numerics, cache)
-    if experts is not None:
-        model = with_experts(model, experts)
+    model = _load(source, dtype, numerics, cache, experts)
     if missing is not None:
         model = without(model, missing)
     if context is None:
@@ -303,6 +338,9 @@ def convert(source: str, target: Path, experts: str | None, linears: str | None)
             click.echo(f"  {name}: {error:.3g}")
         if len(errors) > MAX_LISTED:
             click.echo(f"  and {len(errors) - MAX_LISTED} more, all in {target / REPORT_FILE}")
+
+
+cli.add_command(bench)
 
 
 def _prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:

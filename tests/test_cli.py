@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -348,7 +349,8 @@ def test_eval_of_a_cache_format(loaded, run, tmp_path):
             options = ("--cache", name, "--numerics", numerics, "--context", "16")
             assert run("eval", tmp_path / "text", *options)[0] == 0
             points = loaded.calls[-1][1]["numerics"]
-            assert points == Numerics(numerics == "checkpoint", rounds, rounds)
+            others = getattr(Numerics, numerics.upper())
+            assert points == replace(others, quantize_kv=rounds, quantize_indexer=rounds)
 
 
 def test_eval_of_a_variant(run, tmp_path):

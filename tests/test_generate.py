@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dsv4_jax
 from dsv4_jax.config import Config
 from dsv4_jax.decoding import generate as generation
 from dsv4_jax.decoding import loop
@@ -395,3 +396,19 @@ def test_the_real_model_gives_the_same_alone_and_among_others(model):
     together, _ = new_tokens(model, prompts, params)
     for prompt, options, expected in zip(prompts, params, together, strict=True):
         assert new_tokens(model, [prompt], options)[0] == [expected]
+
+
+def test_nothing_is_compiled_after_warm_up(model):
+    def num_programs():
+        return (
+            generation._decode_chunk._cache_size(),
+            dsv4_jax.model._prefill_step._cache_size(),
+        )
+
+    assert generation.warm_up(model, 300) == 6
+    before = num_programs()
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(2, model.config.vocab_size, n).tolist() for n in (1, 17, 200, 270)]
+    params = SamplingParams(max_new_tokens=30)
+    new_tokens(model, prompts, params)
+    assert num_programs() == before

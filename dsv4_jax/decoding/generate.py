@@ -190,16 +190,44 @@ def _max_slots() -> int:
     return 1 if jax.default_backend() == "cpu" else 4
 
 
+def _new_cache(model: Model, capacity: int) -> Cache:
+    slots = max(1, min(_max_slots(), SHARED_TOKENS // capacity))
+    return model.new_cache(max_sequences=slots, max_tokens=slots * capacity)
+
+
+def warm_up(model: Model, context: int) -> int:
+    """Compiles all that `generate` runs for prompt and continuation of up to so many tokens.
+
+    Returns:
+        The number of programs.
+    """
+    num_programs = 0
+    capacity = MIN_CAPACITY
+    while True:
+        for size in CHUNK_SIZES:
+            cache = _new_cache(model, capacity)
+            prompt = np.zeros(min(size, capacity // 2 + 1), np.int32)
+            sequence = _Sequence(0, prompt, SamplingParams(max_new_tokens=2), -1, None)
+            slot = cache.admit()
+            emitted = _prefill(model, cache, {slot: sequence})
+            num_programs += 1
+        sequence.push(int(emitted[slot, 0]), timed=False)
+        _decode(model, cache, {slot: sequence})
+        num_programs += 1
+        if capacity >= context:
+            return num_programs
+        capacity *= 2
+
+
 def _generate(model: Model, sequences: list[_Sequence]) -> Iterator[Piece]:
     for capacity in sorted({sequence.capacity for sequence in sequences}):
         waiting = deque(s for s in sequences if s.capacity == capacity)
-        slots = max(1, min(_max_slots(), SHARED_TOKENS // capacity))
-        cache = model.new_cache(max_sequences=slots, max_tokens=slots * capacity)
+        cache = _new_cache(model, capacity)
         running: dict[int, _Sequence] = {}
         compiled = False
         while waiting or running:
             new: dict[int, _Sequence] = {}
-            while waiting and len(running) + len(new) < slots:
+            while waiting and len(running) + len(new) < cache.max_sequences:
                 new[cache.admit()] = waiting.popleft()
             if new:
                 emitted = _prefill(model, cache, new)
