@@ -10,7 +10,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kBlocksPerSm = 12, kMaxBlocks = kBlocksPerSm * 132;
+constexpr int kBlocksPerSm = 10, kMaxBlocks = kBlocksPerSm * 132;
 
 // Blocks of y have a bias each; a warp takes every so many-th token.
 template <int kTopK, int kPerLane, bool kFull>
