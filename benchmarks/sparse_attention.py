@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import device_time_us, empty_kernel_us, memory_floor_us, write_results
+from dsv4_jax.cache.storage import EntryRecord
 from dsv4_jax.ops.sparse_attention import Entries, sparse_attention
 
 WINDOW, WIDTH, ROTARY, RECORD_BYTES = 128, 512, 64, 584
@@ -69,6 +70,7 @@ def arguments(kind: str, heads: int, batch: int, tokens: int, num_entries: int) 
 def attend(kind: str, batch_invariant: bool, *args: Any) -> jax.Array:
     return sparse_attention(
         *args,
+        storage=EntryRecord(WIDTH, ROTARY),
         scale=WIDTH**-0.5,
         window=WINDOW,
         layer=0,

@@ -8,7 +8,9 @@ import pytest
 
 from dsv4_jax.config import Config
 from dsv4_jax.layers.compressor import Compressor
+from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.flush import Gated
 from tests.checkpoints import random_config, random_tensors
 from tests.layers import CHAINED, assert_close, load, run, whole_sequence
 from tests.oracles import compressor as oracle
@@ -35,11 +37,26 @@ def hidden_states(*shape, seed=0, std=1.0):
     return x.astype(np.float32)
 
 
+def nothing(x, pool):
+    """What a compressor of zeros makes of x."""
+    tokens, width = x.shape[:2], WIDTH[pool]
+    product = jnp.zeros((*tokens, 2 * width))
+    return Gated(product, product, jnp.zeros((RATIO[pool], 2 * width)), jnp.zeros(width))
+
+
 @cache
 def append_and_read(pool):
     def call(module, x):
-        view = whole_sequence(Config.from_dict(CONFIG), *x.shape[:2])
-        module(x, view, pool)
+        config = Config.from_dict(CONFIG)
+        view = whole_sequence(config, *x.shape[:2])
+        frequencies = Rotary.of_layer(config, RATIO[pool]).frequencies()
+        rest = frequencies, x.dtype, config.rms_norm_eps
+        if pool == "hca":
+            view.flush_hca(module(x), *rest)
+        elif pool == "csa":
+            view.flush_csa(module(x), nothing(x, "csa_keys"), *rest)
+        else:
+            view.flush_csa(nothing(x, "csa"), module(x), *rest)
         return view.entries(pool, jnp.float32)
 
     return call

@@ -28,7 +28,8 @@ def inputs(num_tokens, seed=0, std=1.0):
 def compress_and_select(config):
     def call(module, x, q_lora):
         view = whole_sequence(config, *x.shape[:2])
-        module.compressor(x, view, "csa_keys")
+        keys = module.compressor(x)
+        view.flush_csa(keys, keys, module.rotary.frequencies(), x.dtype, config.rms_norm_eps)
         complete = (view.chunk.positions + 1) // 4
         visible = np.arange(view.num_entries("csa_keys")) < complete[..., None]
         return module(x, q_lora, view, visible)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dsv4_ffi
+from dsv4_jax.cache.storage import EntryRecord
 from dsv4_jax.ops.sparse_attention import Entries, sparse_attention
 from tests.attention_cases import (
     LAYER,
@@ -31,7 +32,16 @@ IMPLEMENTATIONS = [
     ),
 ]
 STATIC = (
-    *("scale", "window", "layer", "pool_layer", "ratio", "batch_invariant", "implementation"),
+    *(
+        "storage",
+        "scale",
+        "window",
+        "layer",
+        "pool_layer",
+        "ratio",
+        "batch_invariant",
+        "implementation",
+    ),
 )
 jitted = jax.jit(sparse_attention, static_argnames=STATIC)
 
@@ -53,6 +63,7 @@ def run(case, implementation, dtype=jnp.float32, **static):
         on_device(case.ring),
         on_device(case.new),
         entries,
+        storage=EntryRecord(case.q.shape[-1], 2 * len(case.omega)),
         scale=case.scale,
         window=case.window,
         layer=LAYER,
@@ -174,6 +185,7 @@ def test_refuses():
             entries=Entries(
                 tuple(jnp.zeros((1, 1, 1, n), jnp.uint8) for n in (256, 8)), jnp.zeros((1, 1), int)
             ),
+            storage=EntryRecord(192, 64),
             scale=1.0,
             window=16,
             layer=0,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv4_jax.cache.handle import LayerView
 from dsv4_jax.config import Config
@@ -14,12 +14,7 @@ from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.attention import Source, attention
-from dsv4_jax.ops.norms import rms_normalize
-
-# Up to this many entries per selected one, masking all entries is cheaper than gathering the
-# selected ones for every query of a chunk.
-_MASK_FACTOR = 16
+from dsv4_jax.ops.valid_lens import compute_valid_lens
 
 
 class Attention(nnx.Module):
@@ -54,51 +49,36 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], view: LayerView
     ) -> tuple[Float[Array, "b t d"], Int[Array, "b t k"] | None]:
         """Returns (output, ids of the selected entries in a CSA layer or None)."""
-        positions = view.chunk.positions
         with jax.named_scope("attention projections"):
             q_lora = self.q_norm(self.wq_a(x))
             q = self.wq_b(q_lora).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            kv = self.kv_norm(self.wkv(x))
-        q = self.rotary(rms_normalize(q, self.eps), positions)
-        kv = self.rotary(kv, positions)
+            kv = self.wkv(x)
+        frequencies = self.rotary.frequencies()
+        q = view.append_swa(q, kv, self.kv_norm.weight[...], frequencies, self.eps)
 
-        sources = [view.window(view.storage("csa").encode(kv), x.dtype)]
-        selected = None
+        ids = selected = None
         if self.ratio == 4:
-            source, selected = self._sparse_entries(x, q_lora, view)
-            sources.append(source)
+            keys = self.indexer.compressor(x)
+            view.flush_csa(self.compressor(x), keys, frequencies, x.dtype, self.eps)
+            ids, selected = self._select(x, q_lora, view)
         elif self.ratio:
-            self.compressor(x, view, "hca")
-            visible = self._visible(view, view.num_entries("hca"))
-            sources.append(Source(view.entries("hca", x.dtype)[:, None], visible))
+            view.flush_hca(self.compressor(x), frequencies, x.dtype, self.eps)
 
-        o = attention(q, sources, self.sink[...], self.head_dim**-0.5)
-        return self._project_out(self.rotary(o, positions, inverse=True)), selected
+        scale = self.head_dim**-0.5
+        o = view.attend(q, self.sink[...], frequencies, scale, self.ratio, ids)
+        return self._project_out(o), selected
 
-    def _visible(self, view: LayerView, num_entries: int) -> Bool[Array, "b t n"]:
-        """A query sees the entries whose last token is not after it."""
-        complete = (view.chunk.positions + 1) // self.ratio
-        return jnp.arange(num_entries) < complete[..., None]
-
-    def _sparse_entries(
+    def _select(
         self, x: Float[Array, "b t d"], q_lora: Float[Array, "b t q"], view: LayerView
-    ) -> tuple[Source, Int[Array, "b t k"]]:
-        self.compressor(x, view, "csa")
-        self.indexer.compressor(x, view, "csa_keys")
+    ) -> tuple[Int[Array, "b t k"] | None, Int[Array, "b t k"]]:
+        """Ids for the attention, None while it sees all entries; and what these are."""
         num_entries = view.num_entries("csa")
-        visible = self._visible(view, num_entries)
+        valid = compute_valid_lens(view.chunk.positions, self.ratio)
+        visible = jnp.arange(num_entries) < valid[..., None]
         if num_entries <= self.indexer.top_k:
-            selected = jnp.where(visible, jnp.arange(num_entries), -1)
-            return Source(view.entries("csa", x.dtype)[:, None], visible), selected
-        selected = self.indexer(x, q_lora, view, visible)
-        b, t, k = selected.shape
-        if t == 1 or num_entries > _MASK_FACTOR * k:
-            return Source(view.entries("csa", x.dtype, selected), selected >= 0), selected
-        row, query = jnp.arange(b)[:, None, None], jnp.arange(t)[:, None]
-        # Index -1 would wrap around; num_entries is dropped.
-        target = jnp.where(selected < 0, num_entries, selected)
-        chosen = jnp.zeros_like(visible).at[row, query, target].set(True, mode="drop")
-        return Source(view.entries("csa", x.dtype)[:, None], chosen), selected
+            return None, jnp.where(visible, jnp.arange(num_entries), -1)
+        ids = self.indexer(x, q_lora, view, visible)
+        return ids, ids
 
     @jax.named_scope("attention projections")
     def _project_out(self, o: Float[Array, "b t h c"]) -> Float[Array, "b t d"]:

@@ -3,17 +3,15 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsv4_jax.cache.flush import OVERLAP_RATIO
-from dsv4_jax.cache.handle import LayerView, PoolName
 from dsv4_jax.config import Config
-from dsv4_jax.formats.hadamard import hadamard
 from dsv4_jax.layers.linear import Linear
 from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.parameter import parameter
-from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.flush import Gated
 
 
 class Compressor(nnx.Module):
@@ -25,31 +23,13 @@ class Compressor(nnx.Module):
 
     def __init__(self, config: Config, ratio: int, width: int, numerics: Numerics):
         channels = 2 * width if ratio == OVERLAP_RATIO else width
-        self.ratio = ratio
-        self.rotary = Rotary.of_layer(config, ratio)
         self.wkv = Linear(config.hidden_size, channels, numerics)
         self.wgate = Linear(config.hidden_size, channels, numerics)
         self.ape = parameter(ratio, channels, init="zeros")
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
-    def rows(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> Float[Array, "b t 2 w"]:
-        """(value, score) of every token, float32."""
-        value = self.wkv(x, jnp.float32)
-        ape = self.ape[...].astype(jnp.float32)[positions % self.ratio]
-        return jnp.stack([value, self.wgate(x, jnp.float32) + ape], axis=2)
-
     @jax.named_scope("compressors")
-    def __call__(self, x: Float[Array, "b t d"], view: LayerView, pool: PoolName) -> None:
-        """Folds the chunk into the pool's tail and appends the entries that it completes."""
-        rows = self.rows(x, view.chunk.positions)
-        completed = view.chunk.completed(self.ratio)
-        if pool == "hca":
-            pooled = view.accumulate(rows, self.ratio)
-        else:
-            pooled = view.pool_overlapping("csa_tail" if pool == "csa" else "key_tail", rows)
-        entries = self.rotary(self.norm(pooled.astype(x.dtype)), completed.ids * self.ratio)
-        if pool == "csa_keys":
-            entries = hadamard(entries)
-        view.append(pool, completed, view.storage(pool).encode(entries))
+    def __call__(self, x: Float[Array, "b t d"]) -> Gated:
+        """What a view's flush folds into the tail; the entries that this completes are stored."""
+        value, gate = self.wkv(x, jnp.float32), self.wgate(x, jnp.float32)
+        return Gated(value, gate, self.ape[...], self.norm.weight[...])

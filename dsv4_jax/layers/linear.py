@@ -1,6 +1,7 @@
 """One linear layer for every weight format."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,15 @@ _TILINGS: dict[str, tuple[Callable[..., tiled.TiledWeight], tuple[str, ...]]] = 
 }
 # Compute capabilities of devices with kernels that decode weights, and with FP4 tensor cores.
 _DECODING, _FP4_UNITS = ("9.0", "10."), ("10.",)
+
+_swizzled = jax.jit(nvfp4.swizzle)
+
+
+@partial(jax.jit, static_argnames=("weight_format", "is_stack"))
+def _tiled(arrays: list[Array], weight_format: str, is_stack: bool) -> tiled.TiledWeight:
+    tile, _ = _TILINGS[weight_format]
+    # One matrix of a stack at a time: unpacked codes take several times the room.
+    return jax.lax.map(lambda one: tile(*one), arrays) if is_stack else tile(*arrays)
 
 
 class Linear(nnx.Module):
@@ -103,24 +113,18 @@ class Linear(nnx.Module):
 
         A float32 weight stays as it is, and so does one that NVFP4 inputs are multiplied with.
         """
-        tile, names = _TILINGS[self.weight_format]
+        _, names = _TILINGS[self.weight_format]
         arrays = [getattr(self, name)[...] for name in names]
         if arrays[0].dtype == jnp.float32 or self.inputs == "nvfp4":
             return
-
-        @jax.jit
-        def each(*arrays: Array) -> tiled.TiledWeight:
-            # One matrix of a stack at a time: unpacked codes take several times the room.
-            return jax.lax.map(lambda one: tile(*one), arrays) if self.stack else tile(*arrays)
-
         for name in names:
             delattr(self, name)
-        self.blocks = nnx.Param(each(*arrays))
+        self.blocks = nnx.Param(_tiled(arrays, self.weight_format, bool(self.stack)))
 
     def swizzle(self) -> None:
         """Puts an NVFP4 weight's scales where FP4 tensor cores, for NVFP4 inputs, expect them."""
         if self.weight_format == "nvfp4" and self.inputs == "nvfp4":
-            self.scale = nnx.Param(jax.jit(nvfp4.swizzle)(self.scale[...]))
+            self.scale = nnx.Param(_swizzled(self.scale[...]))
             self.is_swizzled = True
 
     @property

@@ -1,12 +1,16 @@
 """Attention with one softmax over several sources of entries and a sink."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_jax.ops.product import product
+
+# Up to this many entries per selected one, masking all entries is cheaper than gathering the
+# selected ones for every query of a chunk.
+_MASK_FACTOR = 16
 
 
 class Source(NamedTuple):
@@ -65,3 +69,25 @@ def attention(
         values = product("bgths,bgsc->bgthc", p, kv)
         output = output + values.reshape(b, t, h, c)
     return (output / total).astype(q.dtype)
+
+
+def selected_source(
+    entries: Callable[[Int[Array, "b t k"] | None], Float[Array, "b ..."]],
+    ids: Int[Array, "b t k"],
+    num_entries: int,
+) -> Source:
+    """The entries that each query selected, gathered for it or all of them masked.
+
+    Args:
+        entries: gives those at ids [b, t, k, c], or all [b, n, c] for None.
+        ids: -1 for none.
+        num_entries: n.
+    """
+    b, t, k = ids.shape
+    if t == 1 or num_entries > _MASK_FACTOR * k:
+        return Source(entries(ids), ids >= 0)
+    row, query = jnp.arange(b)[:, None, None], jnp.arange(t)[:, None]
+    # Index -1 would wrap around; num_entries is dropped.
+    target = jnp.where(ids < 0, num_entries, ids)
+    chosen = jnp.zeros((b, t, num_entries), bool).at[row, query, target].set(True, mode="drop")
+    return Source(entries(None)[:, None], chosen)

@@ -34,13 +34,26 @@ _RUNNING_RATIO = 128
 Pool = tuple[Shaped[Array, "layers blocks entries _"], ...]
 
 
-class Stream(NamedTuple):
-    """What one compressor reads and writes.
+class Gated(NamedTuple):
+    """What a compressor makes of a chunk.
 
     Attributes:
         value, gate: products of the chunk's tokens.
         ape: added to the gate of the token at position p: row p mod ratio.
         weight: of the entries' norm.
+    """
+
+    value: Float32[Array, "b t channels"]
+    gate: Float32[Array, "b t channels"]
+    ape: Float[Array, "ratio channels"]
+    weight: Float[Array, "w"]
+
+
+class Stream(NamedTuple):
+    """What one compressor reads and writes.
+
+    Attributes:
+        value, gate, ape, weight: see `Gated`.
         tail: of all layers and slots; sequence i has slot i.
         pool: planes [layer, block, entry, width].
     """
@@ -160,7 +173,8 @@ def finish_entries(
     return rotate(rms_norm(rounded, weight, eps), ids * ratio, frequencies)
 
 
-def _rows(stream: Stream, start: Array) -> Array:
+def gated_rows(stream: Gated | Stream, start: Int[Array, "b"]) -> Float32[Array, "b t 2 channels"]:
+    """(value, score) of every token."""
     ratio = stream.ape.shape[0]
     positions = start[:, None] + jnp.arange(stream.value.shape[1])
     ape = stream.ape.astype(jnp.float32)[positions % ratio]
@@ -184,7 +198,7 @@ def _xla_csa(
     completed = Completed.by(start, length, entries.value.shape[1], OVERLAP_RATIO)
 
     def flush(stream: Stream, storage: Storage, transformed: bool) -> Flushed:
-        rows = _rows(stream, start)
+        rows = gated_rows(stream, start)
         tail, pooled = advance_overlapping(stream.tail, layer, start, length, rows)
         finished = finish_entries(
             pooled, completed.ids, OVERLAP_RATIO, stream.weight, frequencies, dtype=dtype, eps=eps
@@ -210,7 +224,7 @@ def _xla_hca(
 ) -> Flushed:
     ratio = entries.ape.shape[0]
     completed = Completed.by(start, length, entries.value.shape[1], ratio)
-    rows = _rows(entries, start)
+    rows = gated_rows(entries, start)
     tail, pooled = advance_running(entries.tail, layer, start, length, rows, ratio)
     new = storage.encode(
         finish_entries(

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, Int
 
 import dsv4_ffi
 from dsv4_jax.cache import paged
 from dsv4_jax.cache.state import Recent
-from dsv4_jax.formats import kv_entry
-from dsv4_jax.ops.attention import Source, attention
+from dsv4_jax.cache.storage import EntryRecord, Planes, Storage
+from dsv4_jax.ops.attention import Source, attention, selected_source
 from dsv4_jax.ops.dispatch import dispatch
 from dsv4_jax.ops.rotary import rotate
 
@@ -23,22 +23,18 @@ _MAX_SPLITS = 64
 # Batch-invariant: parts depend on nothing but the query's own entries.
 _INVARIANT_SPLITS, _INVARIANT_BLOCKS = 8, 4
 
-Ring = tuple[UInt8[Array, "layers slots n body"], UInt8[Array, "layers slots n 8"]]
-Chunk = tuple[UInt8[Array, "b t body"], UInt8[Array, "b t 8"]]
-Pool = tuple[UInt8[Array, "pools blocks e body"], UInt8[Array, "pools blocks e 8"]]
-
 
 class Entries(NamedTuple):
     """Compressed entries in a paged pool.
 
     Attributes:
-        pool: records [layer, block, entry, ...].
+        pool: planes [layer, block, entry, width].
         block_table: [b, m], the blocks of each sequence in order; -1 where there is none.
         ids: [b, t, k], the entries that each query sees, -1 for none; or None, and it sees all
             that are complete.
     """
 
-    pool: Pool
+    pool: Planes
     block_table: Int[Array, "b m"]
     ids: Int[Array, "b t k"] | None = None
 
@@ -49,10 +45,11 @@ def sparse_attention(
     frequencies: Float32[Array, "pairs"] | Float32[np.ndarray, "pairs"],
     start: Int[Array, "b"],
     length: Int[Array, "b"],
-    ring: Ring,
-    new: Chunk | None = None,
+    ring: Planes,
+    new: Planes | None = None,
     entries: Entries | None = None,
     *,
+    storage: Storage,
     scale: float,
     window: int,
     layer: int,
@@ -72,10 +69,11 @@ def sparse_attention(
         frequencies: radians per token of each pair of rotary channels.
         start: position of each row's first token.
         length: how many tokens of each row count; the output of the others is 0.
-        ring: records [layer, slot, n, ...] of the window, row s in slot s, position p at p mod n.
+        ring: planes [layer, slot, n, width] of the window, row s in slot s, position p at p mod n.
             Without `new` it holds the chunk already, n >= window + t - 1.
-        new: records [b, t, ...] of the chunk; `ring` is then that of before, n >= window - 1.
+        new: planes [b, t, width] of the chunk; `ring` is then that of before, n >= window - 1.
         entries: compressed entries, or None.
+        storage: how ring and pool keep entries.
         scale: factor of the logits.
         window: tokens that a query sees directly, itself included.
         layer: which of the ring's layers.
@@ -84,8 +82,8 @@ def sparse_attention(
             below floor((p + 1) / ratio).
         batch_invariant: a query's result does not depend, in any bit, on what else is in the
             batch or how long its block table is; slower for few queries.
-        implementation: "ffi" (on CUDA 512 bfloat16 channels of which 64 are rotary), "xla" or None
-            for the fastest.
+        implementation: "ffi" (records; on CUDA 512 bfloat16 channels, 64 of them rotary), "xla" or
+            None for the fastest.
 
     Raises:
         ValueError: the ring is too short, or `entries.ids` is None and `ratio` 0.
@@ -99,6 +97,7 @@ def sparse_attention(
         implementation,
         {"ffi": _ffi, "xla": _xla},
         *(q, sink, jnp.asarray(frequencies), start, length, ring, new, entries),
+        storage=storage,
         scale=scale,
         window=window,
         layer=layer,
@@ -114,10 +113,11 @@ def _xla(
     frequencies: Array,
     start: Array,
     length: Array,
-    ring: Ring,
-    new: Chunk | None,
+    ring: Planes,
+    new: Planes | None,
     entries: Entries | None,
     *,
+    storage: Storage,
     scale: float,
     window: int,
     layer: int,
@@ -127,7 +127,6 @@ def _xla(
 ) -> Array:
     del batch_invariant
     b, t = q.shape[:2]
-    rotary = 2 * frequencies.shape[0]
     positions = start[:, None] + jnp.arange(t)
 
     held = tuple(plane[layer, :b] for plane in ring)
@@ -137,27 +136,30 @@ def _xla(
         recent = Recent(held, new, start)
     position, query = recent.positions()[:, None], positions[..., None]
     visible = (position >= 0) & (position <= query) & (position > query - window)
-    bodies, scales = recent.rows()
-    kv = kv_entry.decode(bodies, scales, rotary, q.dtype)
-    sources = [_source(kv[:, None], visible)]
+    sources = [_source(Source(storage.decode(recent.rows(), q.dtype)[:, None], visible))]
 
     if entries is not None:
         pool, table, ids = entries
+
+        def read(ids: Array | None) -> Array:
+            if ids is None:
+                return storage.decode(paged.read_all(pool, pool_layer, table), q.dtype)
+            return storage.decode(paged.read(pool, pool_layer, table, ids), q.dtype)
+
+        num_entries = table.shape[1] * pool[0].shape[2]
         if ids is not None:
-            bodies, scales = paged.read(pool, pool_layer, table, ids)
-            sources.append(_source(kv_entry.decode(bodies, scales, rotary, q.dtype), ids >= 0))
+            sources.append(_source(selected_source(read, ids, num_entries)))
         else:
-            bodies, scales = paged.read_all(pool, pool_layer, table)
-            kv = kv_entry.decode(bodies, scales, rotary, q.dtype)
-            visible = jnp.arange(kv.shape[1]) < ((positions + 1) // ratio)[..., None]
-            sources.append(_source(kv[:, None], visible))
+            visible = jnp.arange(num_entries) < ((positions + 1) // ratio)[..., None]
+            sources.append(_source(Source(read(None)[:, None], visible)))
 
     o = rotate(attention(q, sources, sink, scale), positions, frequencies, inverse=True)
     return jnp.where((jnp.arange(t) < length[:, None])[..., None, None], o, 0)
 
 
-def _source(kv: Array, visible: Array) -> Source:
+def _source(source: Source) -> Source:
     """Entries that nobody sees are zeros: what lies there may be no number."""
+    kv, visible = source
     b, groups, num_entries = kv.shape[:3]
     seen = visible.reshape(b, groups, -1, num_entries).any(2)
     return Source(jnp.where(seen[..., None], kv, 0), visible)
@@ -169,10 +171,11 @@ def _ffi(
     frequencies: Array,
     start: Array,
     length: Array,
-    ring: Ring,
-    new: Chunk | None,
+    ring: Planes,
+    new: Planes | None,
     entries: Entries | None,
     *,
+    storage: Storage,
     scale: float,
     window: int,
     layer: int,
@@ -181,6 +184,8 @@ def _ffi(
     batch_invariant: bool,
 ) -> Array:
     b, t, h, c = q.shape
+    if not isinstance(storage, EntryRecord):
+        raise NotImplementedError(f"sparse_attention: the kernel reads records, not {storage}")
     if jax.default_backend() == "gpu":
         _check_cuda(q, frequencies)
     if new is None:

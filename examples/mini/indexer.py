@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dsv4_jax.cache.handle import LayerView
+from dsv4_jax.cache.handle import WholeSequence
 from dsv4_jax.formats import indexer_key
 from dsv4_jax.layers.attention import Attention
+from dsv4_jax.ops.flush import Gated
 from dsv4_jax.ops.indexer import indexer_scores
 from dsv4_jax.ops.norms import rms_normalize
 from dsv4_jax.ops.topk import topk_select
@@ -43,10 +44,10 @@ class TaughtIndexer:
         self.dense, self.quantized = dense, quantized
         self.divergence = jnp.zeros(())
 
-    def compressor(self, x: Array, view: LayerView, pool: str) -> None:
-        self.indexer.compressor(jax.lax.stop_gradient(x), view, pool)
+    def compressor(self, x: Array) -> Gated:
+        return self.indexer.compressor(jax.lax.stop_gradient(x))
 
-    def __call__(self, x: Array, q_lora: Array, view: LayerView, visible: Array) -> Array:
+    def __call__(self, x: Array, q_lora: Array, view: WholeSequence, visible: Array) -> Array:
         """Ids [b, t, n] of the selected entries, -1 elsewhere."""
         indexer, num_entries = self.indexer, visible.shape[-1]
         mass = self.attention_mass(x, q_lora, view, visible)
@@ -63,7 +64,7 @@ class TaughtIndexer:
         self.divergence = divergence(mass, scores, selected)
         return jnp.where(selected, jnp.arange(num_entries), -1)
 
-    def attention_mass(self, x: Array, q_lora: Array, view: LayerView, visible: Array) -> Array:
+    def attention_mass(self, x: Array, q_lora: Array, view: WholeSequence, visible: Array) -> Array:
         """What the heads give to each visible entry, summed over heads, [b, t, n] float32.
 
         Computed from the values that the attention itself computes.
@@ -72,11 +73,8 @@ class TaughtIndexer:
         positions = view.chunk.positions
         q = a.wq_b(q_lora).reshape(*x.shape[:2], a.num_heads, a.head_dim)
         q = a.rotary(rms_normalize(q, a.eps), positions)
-        window = view.window(
-            view.storage("csa").encode(a.rotary(a.kv_norm(a.wkv(x)), positions)), x.dtype
-        )
         q, window, entries, sink = jax.lax.stop_gradient(
-            (q, window, view.entries("csa", x.dtype), a.sink[...])
+            (q, view.window(x.dtype), view.entries("csa", x.dtype), a.sink[...])
         )
         scale = a.head_dim**-0.5
         b, t, h, c = q.shape

@@ -15,7 +15,7 @@ import pytest
 
 from tests.oracles.router import normalized, scored_ids, sqrt_softplus
 from tests.ptx import warp_instructions  # noqa: F401
-from tests.ptx.emulator import GlobalMemory, launch, parse
+from tests.ptx.emulator import GlobalMemory, launch, machine, parse
 from tests.test_ops_grouped import expected_plan
 
 pytestmark = pytest.mark.skipif(
@@ -110,41 +110,48 @@ def bfloat16(rng, *shape, std=1.0):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "width", "k", "variant"),
+    ("num_tokens", "num_experts", "width", "k", "shape"),
     [
-        (3, 20, 72, 4, (1, 12, 0)),
-        (12, 20, 40, 6, (2, 12, 0)),
-        (20, 20, 1064, 4, (8, 12, 0)),
-        (1, 40, 64, 6, (1, 12, 0)),
+        (3, 20, 520, 4, (1, 1, 1, 2, 12, 0)),
+        (12, 20, 520, 6, (1, 2, 1, 2, 12, 0)),
+        (20, 20, 1064, 4, (2, 8, 2, 2, 12, 0)),
+        (1, 40, 64, 6, (1, 1, 1, 2, 12, 0)),
     ],
 )
-def test_dense_router(num_tokens, num_experts, width, k, variant):
-    """Several schedules and launches; each leaves the counters at zero."""
-    tiles, per_lane, full = variant
-    compiled = kernel("router_dense.cu", f"ILi{tiles}ELi{per_lane}ELb{full}ENS_12")
+def test_dense_router(monkeypatch, num_tokens, num_experts, width, k, shape):
+    """Several schedules and launches; each leaves the arena at zero."""
+    # The blocks wait for each other.
+    monkeypatch.setattr(machine, "CLUSTERS_AT_ONCE", 132)
+    expert_tiles, _, token_warps, groups, *_ = shape
+    name = "".join(f"L{'ib'[i == 5]}{value}E" for i, value in enumerate(shape))
+    compiled = kernel("router_dense.cu", f"ShapeI{name}EENS_12Bfloat16Gate")
+    num_tiles = -(-num_experts // (16 * expert_tiles))
+    columns = 8 // token_warps * groups * 32
+    num_slices = -(-width // columns)
+    lanes_of_quad = 32
+    while lanes_of_quad * -(-num_experts // 4) > 256:
+        lanes_of_quad //= 2
     for seed in range(2):
         rng = np.random.default_rng(seed)
         x, x64 = bfloat16(rng, num_tokens, width)
         gate, gate64 = bfloat16(rng, num_experts, width, std=2 * width**-0.5)
         bias = rng.normal(0, 0.2, num_experts).astype(np.float32)
         weights, ids = outputs(num_tokens, k)
-        scores = np.full((num_tokens, num_experts), np.nan, np.float32)
         memory = GlobalMemory()
         x, gate, bias_, weights_, ids_ = map(memory.place, (x, gate, bias, weights, ids))
         sizes = (num_tokens, width, num_experts, k)
-        problem = struct_bytes(
-            "PPiiiifPPPi", x, bias_, *sizes, SCALE, memory.place(scores), weights_, ids_, 3
-        )
+        plan = (columns, num_slices, lanes_of_quad, 64)
+        problem = struct_bytes("PPiiiifiiiIPP", x, bias_, *sizes, SCALE, *plan, weights_, ids_)
         launch(
             compiled,
-            grid=(8, -(-num_experts // 16)),
+            grid=(num_tiles, num_slices),
             block=256,
-            cluster=8,
             arguments=[problem, struct_bytes("Pq", gate, width)],
             memory=memory,
             seed=seed,
         )
         check_routing(weights, ids, x64 @ gate64.T, bias, k)
+        assert not np.frombuffer(compiled.constants, np.uint8).any()
 
 
 @pytest.mark.parametrize(("num_experts", "width", "k"), [(20, 72, 6), (256, 1024, 6), (16, 40, 16)])
