@@ -15,6 +15,14 @@ import dsv4_jax  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden" / "tiny-flash"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def program_cache(tmp_path_factory):
+    """Commands keep their compiled programs here, not with the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV4_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Outputs of an independent implementation for the checkpoint in `GOLDEN`."""
