@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsv4_ffi
+from dsv4_jax.bench.cost import LIMITS
 
 L2_BYTES = 60 << 20
-# Measured on an H200: what a kernel that only reads reaches.
-BYTES_PER_US = 4.59e6
 FEW_CALLS, MANY_CALLS = 20, 60
 REPEATS = 25
 SLOW_US = 100.0
@@ -78,7 +77,7 @@ def num_copies(num_bytes: int) -> int:
 
 def memory_floor_us(num_bytes: float) -> float:
     """The time in which an H200 reads so many bytes."""
-    return num_bytes / BYTES_PER_US
+    return 1e6 * num_bytes / LIMITS["NVIDIA H200"].bytes_per_s
 
 
 def write_results(name: str, rows: Sequence[Row], directory: Path = RESULTS) -> Path:

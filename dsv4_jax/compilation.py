@@ -17,8 +17,8 @@ _COMMAND_BUFFER = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_F
 def compiler_options() -> dict[str, str | int]:
     """Options for `jax.jit(..., compiler_options=)` under which decode steps become CUDA graphs.
 
-    The library's own programs are compiled with them. Empty where JAX's default device is no
-    NVIDIA GPU.
+    `dsv4 bench` compiles with them; the library's other programs have XLA's defaults. Empty where
+    JAX's default device is no NVIDIA GPU.
     """
     if jax.default_backend() != "gpu":
         return {}

@@ -14,19 +14,6 @@ def free_bytes() -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
 
 
-def check_room(what: str, num_bytes: int) -> None:
-    """Refuses what does not fit.
-
-    Raises:
-        ValueError: with what is needed and what is free.
-    """
-    free = free_bytes()
-    if free is not None and num_bytes > free:
-        raise ValueError(
-            f"memory: {what} needs {num_bytes:,} bytes, free on the device are {free:,}"
-        )
-
-
 def use_all_memory_as_needed() -> None:
     """Before JAX starts: no memory is taken ahead, and nearly all may be, unless the user set it.
 

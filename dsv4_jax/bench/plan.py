@@ -4,6 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from dsv4_jax.bench.random_model import first_layers, weight_bytes
+from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.config import Config
 from dsv4_jax.info import block_bytes, state_bytes
 from dsv4_jax.memory import free_bytes
@@ -25,7 +26,7 @@ class Plan:
     def needed_bytes(self, num_layers: int) -> int:
         """For the first so many layers."""
         config = first_layers(self.model, num_layers)
-        blocks = -(-self.num_tokens // 128)
+        blocks = -(-self.num_tokens // BLOCK_TOKENS)
         cache = self.num_sequences * (state_bytes(config) + blocks * block_bytes(config))
         return weight_bytes(config, self.experts, self.linears) + cache + _WORKSPACE_BYTES
 

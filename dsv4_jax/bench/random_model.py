@@ -1,5 +1,6 @@
 """A model with random packed weights, made on the device: for timing, its text means nothing."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -7,19 +8,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
+from dsv4_jax.checkpoint import names
+from dsv4_jax.checkpoint.convert import FORMATS
 from dsv4_jax.checkpoint.names import Path, TensorSpec, WeightFormat, stored, tensors
 from dsv4_jax.config import Config
 from dsv4_jax.kernels import Kernels
 from dsv4_jax.model import Model, assemble
 from dsv4_jax.numerics import Numerics
-
-EXPERT_FORMATS: dict[str, WeightFormat] = {
-    "mxfp4": "mxfp4",
-    "nvfp4": "nvfp4",
-    "fp8": "fp8_block",
-    "bf16": "float",
-}
-LINEAR_FORMATS: dict[str, WeightFormat] = {"fp8": "fp8_block", "bf16": "float"}
 
 _DTYPES = {"BF16": jnp.bfloat16, "F32": jnp.float32, "I64": jnp.int32, "F8_E4M3": jnp.float8_e4m3fn}
 # With random codes, weights of about the size of trained ones.
@@ -52,21 +47,24 @@ def formats_of(config: Config, experts: str, linears: str) -> dict[Path, WeightF
     Raises:
         ValueError: an unknown format.
     """
-    for name, value, known in (
-        ("experts", experts, EXPERT_FORMATS),
-        ("linears", linears, LINEAR_FORMATS),
-    ):
+    user_names = {weight_format: name for name, weight_format in FORMATS.items()}
+    choices: dict[names.Kind, str] = {"expert": experts, "linear": linears}
+    for kind, value in choices.items():
+        known = [user_names[weight_format] for weight_format in names.FORMATS[kind]]
         if value not in known:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-    chosen = {"expert": EXPERT_FORMATS[experts], "linear": LINEAR_FORMATS[linears]}
-    return {spec.path[:-1]: chosen[spec.kind] for spec in _distinct(config) if spec.kind in chosen}
+            raise ValueError(f"{kind}s: got {value!r}, expected one of {', '.join(known)}")
+    return {
+        spec.path[:-1]: FORMATS[choices[spec.kind]]
+        for spec in _distinct(config)
+        if spec.kind in choices
+    }
 
 
 def weight_bytes(config: Config, experts: str, linears: str) -> int:
     """Bytes of all weights, as stored."""
     formats = formats_of(config, experts, linears)
     return sum(
-        tensor.num_bytes * _stack(config, spec)
+        tensor.num_bytes * math.prod(_lead(config, spec))
         for spec in _distinct(config)
         for tensor in stored(spec, formats.get(spec.path[:-1]))
     )
@@ -113,10 +111,6 @@ def _distinct(config: Config) -> list[TensorSpec]:
 
 def _lead(config: Config, spec: TensorSpec) -> tuple[int, ...]:
     return () if spec.expert is None else (config.n_routed_experts,)
-
-
-def _stack(config: Config, spec: TensorSpec) -> int:
-    return 1 if spec.expert is None else config.n_routed_experts
 
 
 def _random(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from dsv4_jax.bench.profile import Profile, profile
 from dsv4_jax.cache.manager import Cache
+from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.cache.schema import CacheArrays
 from dsv4_jax.compilation import compiler_options, without_graphs
 from dsv4_jax.model import Model
@@ -63,7 +64,8 @@ def check_idle() -> None:
 
 def filled_cache(model: Model, batch: int, context: int, new_tokens: int) -> Cache:
     """A cache of sequences of `context` tokens with random entries, and room for more."""
-    cache = model.new_cache(batch, batch * (-(-(context + new_tokens) // 128) * 128))
+    blocks = -(-(context + new_tokens) // BLOCK_TOKENS)
+    cache = model.new_cache(batch, batch * blocks * BLOCK_TOKENS)
     cache.prepare_step([context + new_tokens] * batch)
     cache.arrays = _filled(cache.arrays, jnp.int32(context))
     return cache

@@ -18,7 +18,7 @@ class Compressor(nnx.Module):
     """Pools `ratio` tokens per entry by a softmax gate per channel, everything in float32.
 
     With ratio 4 an entry also pools the 4 tokens before, through a second set of channels. The
-    pooled entry is rounded to the model's dtype, normalised and rotated at its first token.
+    products are made here; `ops.flush` makes entries of them.
     """
 
     def __init__(self, config: Config, ratio: int, width: int, numerics: Numerics):
