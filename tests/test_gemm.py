@@ -21,8 +21,8 @@ CASES = pytest.mark.parametrize(
     ("weight_format", "implementation"),
     [("nvfp4", "xla"), *(pytest.param(f, "ffi", marks=FFI.marks) for f in tiled.FORMATS)],
 )
-# Relative L2 error of a bfloat16 and of a float32 result.
-TOLERANCE = {"bfloat16": 2e-3, "float32": 2e-6}
+# Relative L2 error of a bfloat16 and of a float32 result. Tensor cores round sums towards zero.
+TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-5}
 
 
 def inputs(shape, seed=0):
@@ -196,7 +196,8 @@ LINEARS = [
     (3072, 7168),
     (7168, 3072),
 ]
-NUM_ROWS = (1, 3, 8, 9, 16, 17, 33, 64, 65, 129, 256, 1000, 4096)
+# Of each kernel, and of the tiles that it chooses from.
+NUM_ROWS = (1, 3, 9, 16, 17, 65, 1000, 4096)
 
 
 @pytest.mark.gpu
@@ -204,17 +205,23 @@ NUM_ROWS = (1, 3, 8, 9, 16, 17, 33, 64, 65, 129, 256, 1000, 4096)
 @pytest.mark.parametrize("shape", LINEARS, ids=str)
 @pytest.mark.parametrize("weight_format", tiled.FORMATS)
 def test_linears_of_flash_and_pro(weight_format, shape):
+    """The rows of weight and input repeat, because the values of all would not fit into memory."""
     n, k = shape
-    arrays, values = weight_arrays(weight_format, shape, spread=3)
-    weight = tile(weight_format, arrays)
-    x = inputs((max(NUM_ROWS), k))
-    outputs = np.random.default_rng(0).choice(n, 64, replace=False)
+    rng = np.random.default_rng(0)
+    arrays, values = weight_arrays(weight_format, (4 * 128, k), spread=3)
+    runs, x_rows = rng.integers(4, size=n // 128), rng.integers(64, size=max(NUM_ROWS))
+    whole = [a.reshape(4, -1, a.shape[1])[runs].reshape(-1, a.shape[1]) for a in arrays if a.ndim]
+    weight = tile(weight_format, [*whole, *arrays[len(whole) :]])
+    few = inputs((64, k))
+    x = few[x_rows]
+    outputs = rng.choice(n, 64, replace=False)
+    rows = runs[outputs // 128] * 128 + outputs % 128
     for round_input in (False, True):
-        exact = (rounded(x) if round_input else float64(x)) @ values[outputs].T
+        products = (rounded(few) if round_input else float64(few)) @ values[rows].T
         for num_rows in NUM_ROWS:
             y = gemm(x[:num_rows], weight, round_input=round_input, implementation="ffi")
             assert jnp.isfinite(y).all()
-            assert error(y[:, outputs], exact[:num_rows]) <= TOLERANCE["bfloat16"]
+            assert error(y[:, outputs], products[x_rows[:num_rows]]) <= TOLERANCE["bfloat16"]
 
 
 @pytest.mark.gpu

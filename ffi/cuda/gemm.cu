@@ -2,12 +2,12 @@
 // Architectures: 90a 100f
 
 #include <algorithm>
+#include <type_traits>
 
 #include "decoded_launch_sm100.cuh"
 #include "dsv4/coded_inputs.h"
 #include "dsv4/gemm.h"
-#include "gemm_launch.cuh"
-#include "gemm_resident_launch.cuh"
+#include "gemm_direct_launch.cuh"
 #include "gemm_tiled_launch.cuh"
 
 namespace dsv4 {
@@ -20,43 +20,52 @@ int DeviceAttribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Of units of few and of many warp tiles the one that costs less.
-template <int kFew, int kMany, int kTokenTiles, WeightFormat format>
-cudaError_t StreamBest(const GemmCall& call, int num_blocks, cudaStream_t stream) {
-  constexpr int kWarps = 16, kStages = 8;
-  const StreamPlan few = PlanStream<kWarps, kFew>(call, num_blocks);
-  const StreamPlan many = PlanStream<kWarps, kMany>(call, num_blocks);
-  return few.cost < many.cost ? LaunchStream<kWarps, kFew, kStages / NumChunks(format) * 2 / kFew,
-                                             kTokenTiles, format>(call, few, num_blocks, stream)
-                              : LaunchStream<kWarps, kMany, kStages / NumChunks(format) * 2 / kMany,
-                                             kTokenTiles, format>(call, many, num_blocks, stream);
-}
-
+// Segments are sorted by their format.
 template <int kTokenTiles>
-cudaError_t Stream(const GemmCall& call, int num_blocks, cudaStream_t stream) {
+cudaError_t Direct(const GemmCall& call, int num_blocks, cudaStream_t stream) {
   using F = WeightFormat;
-  const F format = call.segments[0].format;
-  for (const GemmSegment& segment : call.segments) {
-    if (segment.format == format) continue;
-    return LaunchStream<16, 1, 2, kTokenTiles, F::kMxfp4, F::kNvfp4, F::kFp8Block, F::kBf16>(
-        call, PlanStream<16, 1>(call, num_blocks), num_blocks, stream);
-  }
-  switch (format) {
-    case F::kMxfp4: return StreamBest<2, 4, kTokenTiles, F::kMxfp4>(call, num_blocks, stream);
-    case F::kNvfp4: return StreamBest<2, 4, kTokenTiles, F::kNvfp4>(call, num_blocks, stream);
-    case F::kFp8Block: return StreamBest<1, 2, kTokenTiles, F::kFp8Block>(call, num_blocks, stream);
+  constexpr int kWarps = 16, kChunks = 8;
+  const auto launch = [&](auto... formats) {
+    return LaunchDirect<kWarps, kTokenTiles, kChunks, decltype(formats)::value...>(
+        call, num_blocks, stream);
+  };
+  constexpr std::integral_constant<F, F::kMxfp4> mxfp4;
+  constexpr std::integral_constant<F, F::kNvfp4> nvfp4;
+  constexpr std::integral_constant<F, F::kFp8Block> fp8;
+  constexpr std::integral_constant<F, F::kBf16> bf16;
+  const F first = call.segments.front().format, last = call.segments.back().format;
+  if (first == F::kFp8Block && last == F::kBf16) return launch(fp8, bf16);
+  if (first != last) return launch(mxfp4, nvfp4, fp8, bf16);
+  switch (first) {
+    case F::kMxfp4: return launch(mxfp4);
+    case F::kNvfp4: return launch(nvfp4);
+    case F::kFp8Block: return launch(fp8);
     case F::kBf16: break;
   }
-  // Fewer warps leave registers for 16 rows of input read ahead.
-  constexpr int kWarps = kTokenTiles == 1 ? 16 : 8, kRowTiles = 16 / kWarps;
-  return LaunchStream<kWarps, kRowTiles, 2, kTokenTiles, F::kBf16>(
-      call, PlanStream<kWarps, kRowTiles>(call, num_blocks), num_blocks, stream);
+  return launch(bf16);
 }
 
-cudaError_t Stream(const GemmCall& call, cudaStream_t stream) {
-  const int num_blocks = DeviceAttribute(cudaDevAttrMultiProcessorCount);
-  return call.num_rows <= 8 ? Stream<1>(call, num_blocks, stream)
-                            : Stream<2>(call, num_blocks, stream);
+// Whether the kernel that keeps the inputs is the fastest, as measured on an H200; then it is
+// launched.
+bool LaunchIfDirect(const GemmCall& unsorted, bool hopper, int num_blocks, cudaStream_t stream,
+                    cudaError_t& status) {
+  using F = WeightFormat;
+  GemmCall call = unsorted;
+  std::stable_sort(
+      call.segments.begin(), call.segments.end(),
+      [](const GemmSegment& a, const GemmSegment& b) { return a.format < b.format; });
+  if (call.num_rows <= 8) {
+    status = Direct<1>(call, num_blocks, stream);
+  } else if (call.num_rows <= kMaxStreamedRows) {
+    status = Direct<2>(call, num_blocks, stream);
+  } else if (hopper && call.num_rows <= kMaxDirectTokens && call.num_groups == 1 &&
+             call.segments.front().format == F::kFp8Block &&
+             call.segments.back().format == F::kBf16) {
+    status = LaunchDirect<8, 4, 8, F::kFp8Block, F::kBf16>(call, num_blocks, stream);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,
@@ -67,8 +76,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const bool hopper = DeviceAttribute(cudaDevAttrComputeCapabilityMajor) == 9;
   const int num_blocks = DeviceAttribute(cudaDevAttrMultiProcessorCount);
   cudaError_t status = cudaSuccess;
-  if (hopper && LaunchIfResident(call, num_blocks, stream, status)) return CudaStatus(status);
-  if (call.num_rows <= kMaxStreamedRows) return CudaStatus(Stream(call, stream));
+  if (LaunchIfDirect(call, hopper, num_blocks, stream, status)) return CudaStatus(status);
   if (hopper) return CudaStatus(Tiled(call, num_blocks, stream));
   if (LaunchGemmSm100 != nullptr) return LaunchGemmSm100(stream, call);
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "gemm: this library is built for Hopper");

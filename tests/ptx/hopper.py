@@ -46,9 +46,9 @@ def _instruction(*opcodes: str):
     return register
 
 
-def _halves(words: np.ndarray) -> np.ndarray:
-    """The bfloat16 numbers of each word in float64, [..., 2]."""
-    return words.astype("u4").view("u2").view(ml_dtypes.bfloat16).reshape(-1, 2).astype("f8")
+def _halves(words: np.ndarray, kind: object = ml_dtypes.bfloat16) -> np.ndarray:
+    """The two numbers of each word in float64, [..., 2]."""
+    return words.astype("u4").view("u2").view(kind).reshape(-1, 2).astype("f8")
 
 
 def _elementwise(i, function, kind: str):
@@ -107,6 +107,17 @@ def _to_e4m3(i):
     def run(warp, mask):
         pair = np.stack([low(warp), high(warp)], 1).clip(-448, 448)
         write(warp, mask, pair.astype(ml_dtypes.float8_e4m3fn).view("u2")[:, 0])
+
+    return run
+
+
+@_instruction("cvt.rn.f16x2.e4m3x2")
+def _from_e4m3(i):
+    read, write = reader(i.operands[1], "u2"), writer(i.operands[0], "u4")
+
+    def run(warp, mask):
+        codes = np.ascontiguousarray(read(warp)).view(ml_dtypes.float8_e4m3fn)
+        write(warp, mask, codes.astype("f2").view("u4"))
 
     return run
 
@@ -201,7 +212,9 @@ def _nothing(i):
     return lambda warp, mask: None
 
 
-def _a_operand(registers: list[np.ndarray], e4m3: bool) -> np.ndarray:
+def _a_operand(
+    registers: list[np.ndarray], e4m3: bool, kind: object = ml_dtypes.bfloat16
+) -> np.ndarray:
     """A warp's 16 rows; four registers, of rows g, g + 8, g, g + 8."""
     per_register = 4 if e4m3 else 2
     a = np.zeros((16, 8 * per_register))
@@ -210,15 +223,19 @@ def _a_operand(registers: list[np.ndarray], e4m3: bool) -> np.ndarray:
             codes = np.ascontiguousarray(words).view(np.uint8).view(ml_dtypes.float8_e4m3fn)
             values = codes.reshape(WARP, 4).astype("f8")
         else:
-            values = _halves(words)
+            values = _halves(words, kind)
         for j in range(per_register):
             column = per_register * _THREAD + j + number // 2 * 4 * per_register
             a[_GROUP + number % 2 * 8, column] = values[:, j]
     return a
 
 
-@_instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+@_instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+)
 def _warp_product(i):
+    kind = np.float16 if "f16" in i.parts else ml_dtypes.bfloat16
     d, a, b, c = (o.elements for o in i.operands)
     read_a, read_b = ([reader(o, "u4") for o in operand] for operand in (a, b))
     read_c, write = [reader(o, "f4") for o in c], [writer(o, "f4") for o in d]
@@ -227,8 +244,8 @@ def _warp_product(i):
         right = np.zeros((16, 8))
         for half, read in enumerate(read_b):
             for j in range(2):
-                right[2 * _THREAD + j + 8 * half, _GROUP] = _halves(read(warp))[:, j]
-        product = _a_operand([read(warp) for read in read_a], e4m3=False) @ right
+                right[2 * _THREAD + j + 8 * half, _GROUP] = _halves(read(warp), kind)[:, j]
+        product = _a_operand([read(warp) for read in read_a], False, kind) @ right
         for j in range(4):
             value = product[_GROUP + j // 2 * 8, 2 * _THREAD + j % 2] + read_c[j](warp)
             write[j](warp, mask, value.astype("f4"))

@@ -1,4 +1,4 @@
-"""The kernels of gemm for sm_90, compiled to PTX and executed on the CPU."""
+"""The kernels of gemm for many rows on sm_90, compiled to PTX and executed on the CPU."""
 
 import functools
 import pathlib
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.mi
 
 FFI = pathlib.Path(__file__).parents[2] / "ffi"
 SHARED_BYTES = 227 * 1024
-STREAM = "template __global__ void StreamGemm<{}>(const __grid_constant__ StreamParams);"
 TILED = "template __global__ void TiledGemm<{}>(const __grid_constant__ TiledParams);"
 ENUMERATORS = {
     "mxfp4": "WeightFormat::kMxfp4",
@@ -39,7 +38,6 @@ def compiled(template, name, mutant=()):
         assert source.count(text) == 1
         headers[file] = source.replace(text, replacement)
     source = f"""
-        #include "gemm_stream.cuh"
         #include "gemm_tiled.cuh"
         #include "tile_inputs.cuh"
         namespace dsv4 {{ {template} }}
@@ -96,41 +94,6 @@ class Problem:
         assert self.error <= (1e-6 if self.f32 else 2e-3)
 
 
-def stream(problems, warps, row_tiles, stages, unit_warps_log2, blocks, seed=0, mutant=()):
-    """Products of one input, by the kernel for few rows."""
-    num_rows, groups, k = problems[0].x.shape
-    memory = GlobalMemory()
-    segments, tiles = b"", 0
-    for problem in problems:
-        n = problem.weight.shape[0]
-        segments += problem.segment(memory) + struct.pack("<2i", n // groups, tiles)
-        tiles += -(-n // (warps * row_tiles * 16 >> unit_warps_log2))
-    used = [ENUMERATORS[f] for f in dict.fromkeys(p.weight.weight_format for p in problems)]
-    token_tiles = 1 if num_rows <= 8 else 2
-    arguments = ", ".join(map(str, (warps, row_tiles, stages, token_tiles, *used)))
-    params = struct.pack(
-        "<Q7i4x",
-        memory.place(problems[0].x.view(np.uint16).reshape(-1)),
-        num_rows,
-        groups * k,
-        k,
-        -(-k // 128),
-        tiles,
-        len(problems),
-        unit_warps_log2,
-    )
-    with hopper.instructions():
-        launch(
-            compiled(STREAM.format(arguments), "StreamGemm", mutant),
-            grid=(min(tiles, blocks),),
-            block=warps * 32,
-            arguments=[params + segments.ljust(8 * 56, b"\0")],
-            memory=memory,
-            dynamic_shared_bytes=SHARED_BYTES,
-            seed=seed,
-        )
-
-
 def tiled_product(problem, tokens, ranks=1, codes=False, clusters=2, seed=0, mutant=()):
     """The two kernels for many rows."""
     num_rows, groups, k = problem.x.shape
@@ -180,33 +143,6 @@ def tiled_product(problem, tokens, ranks=1, codes=False, clusters=2, seed=0, mut
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "shape", "groups", "round_input", "plan"),
-    [
-        ("mxfp4", (3, 100, 672), 1, False, (16, 2, 4, 2, 2)),
-        ("nvfp4", (11, 320, 648), 1, True, (16, 4, 2, 3, 2)),
-        ("fp8_block", (13, 256, 384), 2, True, (16, 2, 2, 3, 1)),
-        ("bf16", (16, 200, 264), 1, False, (8, 2, 2, 1, 1)),
-    ],
-)
-def test_few_rows(weight_format, shape, groups, round_input, plan):
-    problem = Problem(weight_format, *shape, groups, round_input, f32=weight_format != "mxfp4")
-    stream([problem], *plan)
-    problem.check()
-
-
-def test_segments_of_several_formats():
-    problems = [
-        Problem("fp8_block", 5, 128, 392, round_input=True),
-        Problem("bf16", 5, 64, 392),
-        Problem("nvfp4", 5, 40, 392, f32=False),
-        Problem("fp8_block", 5, 192, 392),
-    ]
-    stream(problems, 16, 1, 2, 1, 3)
-    for problem in problems:
-        problem.check()
-
-
-@pytest.mark.parametrize(
     ("shape", "ranks", "f32"),
     [
         ((35, 130, 160), 1, True),
@@ -243,21 +179,6 @@ def test_products_of_codes(weight_format, tokens, groups, ranks):
 
 
 MUTANTS = {
-    "a stage is read before it is filled": (
-        "gemm_stream.cuh",
-        "WaitBarrier(&shared.full[warp][from.slot], from.parity);",
-        "",
-    ),
-    "a stage is read again instead of the next": (
-        "gemm_stream.cuh",
-        "        from.Advance();",
-        "",
-    ),
-    "warps add up before all are done": (
-        "gemm_stream.cuh",
-        "      __syncthreads();\n      Finish",
-        "      Finish",
-    ),
     "a stage is released before its products are done": (
         "gemm_tiled_products.cuh",
         "        WaitProductsExcept<1>();",
@@ -279,14 +200,10 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_mutants(mutant):
     def error(seed):
-        if mutant[0] == "gemm_stream.cuh":
-            problem = Problem("mxfp4", 3, 128, 1280)
-            stream([problem], 16, 2, 4, 2, 1, seed, mutant)
-        else:
-            problem = Problem("mxfp4", 19, 130, 2304)
-            adds_up = mutant[0] == "gemm_tiled_outputs.cuh"
-            ranks = 2 if adds_up else 1
-            tiled_product(problem, 32, ranks, clusters=1, seed=seed, mutant=mutant)
+        problem = Problem("mxfp4", 19, 130, 2304)
+        adds_up = mutant[0] == "gemm_tiled_outputs.cuh"
+        ranks = 2 if adds_up else 1
+        tiled_product(problem, 32, ranks, clusters=1, seed=seed, mutant=mutant)
         return problem.error
 
     assert any(_fails(error, seed) for seed in range(3))
