@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dsv4_ffi
-from dsv4_jax.ops.experts import routed_experts, sorted_gemm
+from dsv4_jax.ops.experts import experts_with_shared, routed_experts, sorted_gemm
 from tests.oracles import experts, formats
 from tests.packed_weights import tile, weight_arrays
 
@@ -41,6 +41,9 @@ def error(found, expected):
 # Compiled once for each shape: the reference is many small operations.
 compiled_experts = jax.jit(
     routed_experts, static_argnames=("limit", "round_input", "implementation")
+)
+compiled_with_shared = jax.jit(
+    experts_with_shared, static_argnames=("limit", "round_input", "implementation")
 )
 compiled_sorted = jax.jit(sorted_gemm, static_argnames=("round_input", "implementation"))
 
@@ -180,6 +183,59 @@ def test_outlier_and_zeros(round_input, implementation):
     others = np.arange(N) != 1
     without = model.run(x, weights, ids, valid, implementation, round_input=round_input)
     np.testing.assert_array_equal(y[others], without[others])
+
+
+def check_with_shared(
+    weight_format, shared_format, num_tokens, round_input, implementation, **size
+):
+    model, shared = (
+        experts_of(weight_format, **size),
+        experts_of(shared_format, 1, **sizes_of(size)),
+    )
+    x = model.inputs(num_tokens)
+    weights, ids = model.routes(num_tokens, K)
+    valid = np.arange(num_tokens) % 3 != 1
+    y = compiled_with_shared(
+        x,
+        jnp.asarray(weights),
+        jnp.asarray(ids),
+        jnp.asarray(valid),
+        tuple(model.tiled),
+        jax.tree.map(lambda a: a[0], tuple(shared.tiled)),
+        limit=LIMIT,
+        round_input=round_input,
+        implementation=implementation,
+    )
+    expected = model.expected(x, weights, ids, valid, round_input)
+    one, everyone = np.ones((num_tokens, 1), np.float32), np.ones(num_tokens, bool)
+    expected += shared.expected(x, one, np.zeros((num_tokens, 1), int), everyone, round_input)
+    assert error(y, expected) <= TOLERANCE
+    return np.asarray(y)
+
+
+def sizes_of(size):
+    return {name: size[name] for name in ("d", "f") if name in size}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("weight_format", "shared_format", "num_tokens", "round_input"),
+    [
+        ("mxfp4", "fp8_block", 3, True),
+        ("nvfp4", "fp8_block", 3, False),
+        ("fp8_block", "mxfp4", N, True),
+    ],
+)
+def test_with_shared(weight_format, shared_format, num_tokens, round_input, implementation):
+    check_with_shared(weight_format, shared_format, num_tokens, round_input, implementation)
+
+
+def test_errors_with_shared():
+    model, shared = experts_of("mxfp4"), experts_of("fp8_block", 1)
+    x, valid = model.inputs(2), jnp.ones(2, bool)
+    routes = (*map(jnp.asarray, model.routes(2, 2)), valid)
+    with pytest.raises(ValueError, match=r"shared w1: got \(256, 256\) in a stack \(1,\)"):
+        experts_with_shared(x, *routes, tuple(model.tiled), tuple(shared.tiled), limit=LIMIT)
 
 
 def test_errors():
@@ -329,6 +385,20 @@ def test_kernel_of_sorted_rows(weight_format, sizes, round_input):
     y = compiled_sorted(x, group_sizes, weight, round_input=round_input, implementation="ffi")
     assert error(y, expected) <= TOLERANCE
     assert not np.asarray(y)[sum(sizes) :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize(("d", "f"), [(512, 256), (256, 768)])
+def test_kernel_with_shared(weight_format, num_tokens, d, f):
+    for round_input in (False, True):
+        runs = [
+            check_with_shared(weight_format, "fp8_block", num_tokens, round_input, "ffi", d=d, f=f)
+            for _ in range(3)
+        ]
+        for run in runs[1:]:
+            np.testing.assert_array_equal(run, runs[0])
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import dsv4_ffi
 from dsv4_jax.formats import fp8_block, tiled
 from dsv4_jax.formats.tiled import TiledWeight
 from dsv4_jax.ops.dispatch import dispatch
+from dsv4_jax.ops.gemm import Segment, projections
 from dsv4_jax.ops.grouped import route_plan, tile_size
 from dsv4_jax.ops.product import product
 
@@ -22,7 +25,12 @@ _MAX_KERNEL_EXPERTS = 1024
 _CAPABILITIES = ("9.0", "10.")
 # Rows of the kernels' smallest blocks of rows.
 _BLOCK_ROWS = 16
+# What Hopper's kernel for few tokens holds in shared memory: rows of routes and of the shared
+# expert, and bytes of their inputs and hidden states.
+_MAX_ROUTE_ROWS, _MAX_ROUTE_BYTES = 32, 136 * 1024
 
+# w1, w3 and w2.
+Weights = tuple[TiledWeight, TiledWeight, TiledWeight]
 Projection = Callable[[Array, Array], Array]
 
 
@@ -96,6 +104,58 @@ def routed_experts(
         w1,
         w3,
         w2,
+        limit=limit,
+        round_input=round_input,
+    )
+
+
+def experts_with_shared(
+    x: Float[Array, "n d"],
+    weights: Float32[Array, "n k"],
+    expert_ids: Int[Array, "n k"],
+    valid: Bool[Array, "n"],
+    routed: Weights,
+    shared: Weights,
+    *,
+    limit: float,
+    round_input: bool = False,
+    implementation: str | None = None,
+) -> Float32[Array, "n d"]:
+    """`routed_experts` plus w2(swiglu(w1(x), w3(x))) of an expert that all tokens pass.
+
+    What the shared expert computes is rounded as that of the routed ones. On Hopper one kernel
+    reads the weights of both if tokens are few.
+
+    Args:
+        x: rows of tokens; for "ffi" bfloat16.
+        weights: routing weights.
+        expert_ids: as of `routed_experts`.
+        valid: tokens that routed experts take; the shared expert takes all.
+        routed: w1, w3 and w2, stacks.
+        shared: w1, w3 and w2 of the shared expert.
+        limit: as of `routed_experts`.
+        round_input: as of `routed_experts`, for both.
+        implementation: as of `routed_experts`.
+
+    Raises:
+        ValueError: shapes of the shared expert's weights are not those of the routed ones.
+        NotImplementedError: the implementation asked for does not support the arguments.
+    """
+    for name, one, stack in zip(("w1", "w3", "w2"), shared, routed, strict=True):
+        if one.shape != stack.shape or one.global_scale.ndim:
+            raise ValueError(
+                f"shared {name}: got {one.shape} in a stack {one.global_scale.shape}, "
+                f"expected {stack.shape} in none"
+            )
+    return dispatch(
+        implementation,
+        {"ffi": _with_shared_ffi, "xla": partial(_separately, implementation="xla")},
+        x,
+        weights,
+        expert_ids.astype(jnp.int32),
+        valid,
+        routed,
+        shared,
         limit=limit,
         round_input=round_input,
     )
@@ -225,11 +285,37 @@ def _xla(
     )
 
 
+def _separately(
+    x: Array,
+    weights: Array,
+    expert_ids: Array,
+    valid: Array,
+    routed: Weights,
+    shared: Weights,
+    *,
+    limit: float,
+    round_input: bool,
+    implementation: str,
+) -> Array:
+    w1, w3, w2 = (Segment(weight, round_input) for weight in shared)
+    gate, up = projections(x, [w1, w3], implementation=implementation)
+    hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
+    (y,) = projections(hidden, [w2], implementation=implementation)
+    return y.astype(jnp.float32) + routed_experts(
+        x,
+        weights,
+        expert_ids,
+        valid,
+        *routed,
+        limit=limit,
+        round_input=round_input,
+        implementation=implementation,
+    )
+
+
 def _check_kernel(name: str, x: Array, weight: TiledWeight, outputs: int, inputs: int) -> None:
     num_experts = weight.global_scale.shape[0]
-    # Of CPUs, whose handlers take the same arguments, none is known.
-    capability = getattr(jax.local_devices()[0], "compute_capability", _CAPABILITIES[0])
-    obstacle = None
+    capability, obstacle = _capability(), None
     if not capability.startswith(_CAPABILITIES):
         obstacle = f"devices of compute capability 9.0 or 10.x, not {capability}"
     elif x.dtype != jnp.bfloat16:
@@ -244,18 +330,23 @@ def _check_kernel(name: str, x: Array, weight: TiledWeight, outputs: int, inputs
         raise NotImplementedError(f"{name}: the kernel takes {obstacle}")
 
 
+def _capability() -> str:
+    # Of CPUs, whose handlers take the same arguments, none is known.
+    return getattr(jax.local_devices()[0], "compute_capability", _CAPABILITIES[0])
+
+
 def _workspace(*sizes: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((sum(-(-size // 256) * 256 for size in sizes),), jnp.uint8)
 
 
 def _plan_sizes(num_rows: int, num_experts: int, outputs: int) -> tuple[int, ...]:
     blocks = num_rows // _BLOCK_ROWS + min(num_rows, num_experts)
-    counters = 4 * (1 + 2 * blocks + outputs // 64)
+    counters = 4 * (32 + 2 * blocks + outputs // 64)
     return (counters, 4, 16 * blocks, 4 * num_rows, 4 * num_rows, 4 * num_rows)
 
 
-def _operands(weight: TiledWeight) -> tuple[Array, Array, Array]:
-    return weight.codes, weight.scales, weight.global_scale
+def _operands(*weights: TiledWeight) -> list[Array]:
+    return [array for w in weights for array in (w.codes, w.scales, w.global_scale)]
 
 
 def _ffi(
@@ -269,16 +360,23 @@ def _ffi(
     *,
     limit: float,
     round_input: bool,
+    shared: Weights | None = None,
 ) -> Array:
     (num_tokens, d), f = x.shape, w1.shape[0]
     _check_kernel("routed_experts", x, w1, d, f)
     num_rows = num_tokens * weights.shape[1]
-    workspace = _workspace(
+    operands = _operands(w1, w3, w2)
+    planned = _workspace(
         *_plan_sizes(num_rows, w1.global_scale.shape[0], d),
         2 * num_tokens * d,
         2 * num_rows * f,
         2 * num_rows * d,
     )
+    if shared is not None:
+        operands += [array[None] for array in _operands(*shared)]
+        num_rows += num_tokens
+    of_routes = _workspace(128 * (1 + num_rows), 4 * num_rows * f)
+    workspace = max(planned, of_routes, key=lambda memory: memory.size)
     y, _ = dsv4_ffi.call(
         "moe_ffn",
         [jax.ShapeDtypeStruct((num_tokens, d), jnp.float32), workspace],
@@ -286,14 +384,41 @@ def _ffi(
         weights,
         expert_ids,
         valid,
-        *_operands(w1),
-        *_operands(w3),
-        *_operands(w2),
+        *operands,
         weight_format=np.int32(tiled.FORMATS.index(w1.weight_format)),
         limit=np.float32(limit),
         round_input=round_input,
     )
     return y
+
+
+def _with_shared_ffi(
+    x: Array,
+    weights: Array,
+    expert_ids: Array,
+    valid: Array,
+    routed: Weights,
+    shared: Weights,
+    *,
+    limit: float,
+    round_input: bool,
+) -> Array:
+    (num_tokens, d), f = x.shape, routed[0].shape[0]
+    num_rows = num_tokens * (weights.shape[1] + 1)
+    row_bytes = 2 * (num_tokens * d + num_rows * f)
+    fits = (
+        _capability() == "9.0"
+        and 0 < num_rows <= _MAX_ROUTE_ROWS
+        and row_bytes <= _MAX_ROUTE_BYTES
+        and routed[0].weight_format in ("mxfp4", "nvfp4")
+        and all(weight.weight_format == "fp8_block" for weight in shared)
+    )
+    options: dict[str, Any] = {"limit": limit, "round_input": round_input}
+    if fits:
+        return _ffi(x, weights, expert_ids, valid, *routed, shared=shared, **options)
+    return _separately(
+        x, weights, expert_ids, valid, routed, shared, implementation="ffi", **options
+    )
 
 
 def _sorted_xla(x: Array, group_sizes: Array, weight: TiledWeight, *, round_input: bool) -> Array:

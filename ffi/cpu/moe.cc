@@ -49,6 +49,18 @@ float ClampedSwiglu(float gate, float up, float limit) {
   return gate / (1.0f + std::exp(-gate)) * up;
 }
 
+void AddExpert(const MoeCall& call, const std::vector<float>& row, WeightFormat format,
+               const ExpertWeights& weights, int64_t expert, float routing_weight, float* out) {
+  std::vector<float> hidden = Multiply(row, format, weights.gate, expert, call.f, call.d);
+  const std::vector<float> up = Multiply(row, format, weights.up, expert, call.f, call.d);
+  for (int64_t i = 0; i < call.f; ++i) {
+    hidden[i] = RoundToBfloat16(ClampedSwiglu(hidden[i], up[i], call.limit) * routing_weight);
+  }
+  if (call.round_input) RoundRow(hidden.data(), call.f);
+  const std::vector<float> y = Multiply(hidden, format, weights.down, expert, call.d, call.f);
+  for (int64_t i = 0; i < call.d; ++i) out[i] += y[i];
+}
+
 ffi::Error MoeFfn(ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer expert_ids,
                   ffi::AnyBuffer valid, ffi::RemainingArgs projections,
                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> /*workspace*/,
@@ -56,21 +68,18 @@ ffi::Error MoeFfn(ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer exper
   MoeCall call;
   DSV4_CHECK(ParseMoe(x, weights, expert_ids, valid, projections, *out, weight_format, limit,
                       round_input, call));
+  const ExpertWeights routed = {call.gate, call.up, call.down};
   std::fill_n(call.out, int64_t{call.num_tokens} * call.d, 0.0f);
   for (int64_t token = 0; token < call.num_tokens; ++token) {
-    if (!call.valid[token]) continue;
     const std::vector<float> row = Inputs(call.x + token * call.d, call.d, call.round_input);
+    float* out = call.out + token * call.d;
     for (int64_t route = token * call.top_k; route < (token + 1) * call.top_k; ++route) {
       const int32_t expert = call.expert_ids[route];
-      if (expert < 0 || expert >= call.num_experts) continue;
-      std::vector<float> gate = Multiply(row, call.format, call.gate, expert, call.f, call.d);
-      const std::vector<float> up = Multiply(row, call.format, call.up, expert, call.f, call.d);
-      for (int64_t i = 0; i < call.f; ++i) {
-        gate[i] = RoundToBfloat16(ClampedSwiglu(gate[i], up[i], call.limit) * call.weights[route]);
-      }
-      if (call.round_input) RoundRow(gate.data(), call.f);
-      const std::vector<float> y = Multiply(gate, call.format, call.down, expert, call.d, call.f);
-      for (int64_t i = 0; i < call.d; ++i) call.out[token * call.d + i] += y[i];
+      if (!call.valid[token] || expert < 0 || expert >= call.num_experts) continue;
+      AddExpert(call, row, call.format, routed, expert, call.weights[route], out);
+    }
+    if (call.has_shared) {
+      AddExpert(call, row, WeightFormat::kFp8Block, call.shared, 0, 1.0f, out);
     }
   }
   return ffi::Error::Success();

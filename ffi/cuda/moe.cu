@@ -15,6 +15,11 @@ constexpr int kManyRowsPerExpert = 8;
 
 template <WeightFormat format>
 cudaError_t Launch(cudaStream_t stream, const ExpertCall& call, void* memory) {
+  if constexpr (format != WeightFormat::kFp8Block) {
+    RouteProblem routes = RoutesOf(call);
+    if (AreFew(routes)) return LaunchRoutes<format>(stream, routes, memory);
+  }
+  if (call.shared.gate.codes != nullptr) return cudaErrorNotSupported;
   using Few = MoeShape<format, 2, 16>;
   // More rows of FP8 do not fit into the registers.
   using Many = MoeShape<format, 4, format == WeightFormat::kFp8Block ? 32 : 64>;
@@ -74,8 +79,9 @@ ffi::Error MoeFfn(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
   DSV4_CHECK(ParseMoe(x, weights, expert_ids, valid, projections, *out, weight_format, limit,
                       round_input, moe));
   if (!IsHopper()) {
-    return LaunchMoeSm100 != nullptr ? LaunchMoeSm100(stream, moe, MemoryOf(*workspace))
-                                     : OnlyHopper();
+    return LaunchMoeSm100 != nullptr && !moe.has_shared
+               ? LaunchMoeSm100(stream, moe, MemoryOf(*workspace))
+               : OnlyHopper();
   }
   ExpertCall call = {};
   call.routing = {moe.expert_ids, moe.valid, moe.weights, nullptr,
@@ -84,6 +90,10 @@ ffi::Error MoeFfn(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weights,
   call.gate = DeviceWeight(moe.gate);
   call.up = DeviceWeight(moe.up);
   call.down = DeviceWeight(moe.down);
+  if (moe.has_shared) {
+    call.shared = {DeviceWeight(moe.shared.gate), DeviceWeight(moe.shared.up),
+                   DeviceWeight(moe.shared.down)};
+  }
   call.out = moe.out;
   call.d = moe.d;
   call.f = moe.f;

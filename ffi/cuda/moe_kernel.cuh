@@ -6,7 +6,7 @@
 // only for earlier ones, so that not all blocks need to be resident.
 #pragma once
 
-#include "moe_problem.cuh"
+#include "moe_rows.cuh"
 
 namespace dsv4 {
 
@@ -35,8 +35,9 @@ struct MoeKernel {
   // Of the weights of even and odd tiles.
   template <bool kHidden>
   __device__ __forceinline__ void LoadScales(const Item& item, float (&scales)[2]) const {
-    scales[0] = Tiles::kUnscale * (kHidden ? p.gate : p.down).global_scale[item.expert];
-    scales[1] = Tiles::kUnscale * (kHidden ? p.up : p.down).global_scale[item.expert];
+    constexpr float kUnscale = (Shape::kWarpProducts ? kInputUnscale : 1) * Tiles::kUnscale;
+    scales[0] = kUnscale * (kHidden ? p.gate : p.down).global_scale[item.expert];
+    scales[1] = kUnscale * (kHidden ? p.up : p.down).global_scale[item.expert];
   }
 
   template <bool kHidden>
@@ -71,7 +72,9 @@ struct MoeKernel {
           Stream<true>(item, p.x, p.d);
           break;
         case Kind::kDown:
-          if (p.out != nullptr) {
+          // One thread asks, and the others wait for it in Stream: answers to all would keep
+          // signals from the counters.
+          if (p.out != nullptr && is_first) {
             WaitFor((p.quantize ? p.rounded : p.hidden_done) + item.block,
                     (p.quantize ? 1 : counts.hidden_tiles) * kConsumerWarps);
           }
@@ -100,12 +103,15 @@ struct MoeKernel {
     ring.Advance();
   }
 
+  static __device__ __forceinline__ uint32_t PartOffset(int row, int part) {
+    return part / 2 * 128 + ((part ^ row) & 1) * 64;
+  }
+
   // Where 16 bytes of a row's 128 inputs lie, so that readers meet no bank conflicts. For warps:
   // the part i of lanes' share t is that chunk 4 t + i.
   static __device__ __forceinline__ uint32_t ChunkOffset(int row, int chunk) {
     if (Shape::kWarpProducts) {
-      int t = chunk / 4, i = chunk % 4;
-      return row * kRowBytes + (i / 2 * 8 + ((i ^ row) & 1) * 4 + t) * 16;
+      return row * kRowBytes + PartOffset(row, chunk % 4) + chunk / 4 * 16;
     }
     return (chunk / 8 * kMaxRows + row) * 128 + ((chunk ^ row) & 7) * 16;
   }
@@ -172,11 +178,11 @@ struct MoeKernel {
           break;
         case Kind::kRound:
           Release();
-          RoundHidden(item);
+          RoundHidden<Shape>(p, item);
           break;
         case Kind::kCombine:
           Release();
-          Combine(item);
+          Combine<Shape>(p, item);
           break;
         case Kind::kEnd:
           return;
@@ -193,7 +199,9 @@ struct MoeKernel {
 
   template <bool kHidden>
   __device__ void Multiply(const Item& item, int width, int& buffer) {
-    if (item.num_rows <= 8) {
+    if (Shape::kPairs && item.num_rows <= 2) {
+      if constexpr (Shape::kPairs) MultiplyRows<kHidden, 2>(item, width, buffer);
+    } else if (item.num_rows <= 8) {
       MultiplyRows<kHidden, 8>(item, width, buffer);
     } else if (item.num_rows <= 16) {
       MultiplyRows<kHidden, 16>(item, width, buffer);
@@ -213,11 +221,12 @@ struct MoeKernel {
 
     // Read ahead where registers allow it, because the results wait for them.
     constexpr bool kAhead = kRows <= 16;
+    constexpr int kWritten = kRows < kRowStep ? kRowStep : kRows;
     float scales[2], weights[2] = {};
     if (kAhead) {
       LoadScales<kHidden>(item, scales);
 #pragma unroll
-      for (int i = 0; kHidden && i < kRows / kRowStep; ++i) {
+      for (int i = 0; kHidden && i < kWritten / kRowStep; ++i) {
         weights[i] = RoutingWeight(item, i * kRowStep);
       }
     }
@@ -229,11 +238,12 @@ struct MoeKernel {
     }
     // Units add up on their own where registers allow it: shorter chains of products.
     constexpr int kChains = Shape::kWarpProducts ? kUnits : 1;
-    float acc[kChains][kRows / 2];
+    constexpr int kSums = kRows == 2 ? 2 : kRows / 2;
+    float acc[kChains][kSums];
 #pragma unroll
     for (int i = 0; i < kChains; ++i) {
 #pragma unroll
-      for (int j = 0; j < kRows / 2; ++j) acc[i][j] = 0;
+      for (int j = 0; j < kSums; ++j) acc[i][j] = 0;
     }
     int num_stages = width / Shape::kInputs;
     for (int stage = 0; stage < num_stages; ++stage) {
@@ -243,7 +253,12 @@ struct MoeKernel {
       const auto load = [&](int i) {
         return LoadUnit(from, first_unit + i, block_scales + stage * kDepth + i);
       };
-      if constexpr (Shape::kWarpProducts) {
+      if constexpr (kRows == 2) {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+          PairProducts(acc[i], from, first_unit + i, rows + i * (kMaxRows * kRowBytes));
+        }
+      } else if constexpr (Shape::kWarpProducts) {
         Unit units[kUnits];
 #pragma unroll
         for (int i = 0; i < kUnits; ++i) units[i] = load(i);
@@ -265,10 +280,16 @@ struct MoeKernel {
 #pragma unroll
     for (int i = 1; i < kChains; ++i) {
 #pragma unroll
-      for (int j = 0; j < kRows / 2; ++j) acc[0][j] += acc[i][j];
+      for (int j = 0; j < kSums; ++j) acc[0][j] += acc[i][j];
     }
     if (!kAhead) LoadScales<kHidden>(item, scales);
-    WriteResults<kHidden, kRows>(item, acc[0], scales, weights, buffer);
+    if constexpr (kRows == 2) {
+      const float rows[4] = {OfRow(acc[0][0], 0), OfRow(acc[0][0], 1), OfRow(acc[0][1], 0),
+                             OfRow(acc[0][1], 1)};
+      WriteResults<kHidden, kWritten>(item, rows, scales, weights, buffer);
+    } else {
+      WriteResults<kHidden, kWritten>(item, acc[0], scales, weights, buffer);
+    }
   }
 
   // A lane's share of a block of weights.
@@ -320,6 +341,32 @@ struct MoeKernel {
         dsv4::Multiply(acc + 4 * n, odd, x[n].z, x[n].w);
       }
     }
+  }
+
+  // Products of row r make columns 4 r to 4 r + 3, one for each group of 32 inputs.
+  __device__ __forceinline__ void PairProducts(float (&sums)[2], const typename Shape::Stage& from,
+                                               int number, const uint8_t* rows) const {
+    constexpr int kTileScales = kScaleBytes / kWarpTilesPerBlock;
+    int lane = threadIdx.x % kWarp, warp_tile = threadIdx.x / kWarp % kGroupWarps;
+    int row = lane / 16, share = lane % 4;
+    // Zeros come from other banks.
+    bool is_diagonal = lane / 4 % 4 == share;
+    int odd = is_diagonal ? row : 1 - row;
+    rows = is_diagonal ? rows + row * kRowBytes + share * 16 : shared.zeros;
+    const auto* scales = reinterpret_cast<const SumScales<Shape::format>*>(
+        from.scales + number * kScaleBytes + warp_tile * kTileScales);
+    const auto* words = reinterpret_cast<const uint4*>(from.codes + number * kCodeBytes +
+                                                       warp_tile * Shape::kWarpTileBytes);
+    AddScaledProducts(sums, words + lane, scales[lane / 4 * 2 + share % 2], [&](int part) {
+      return *reinterpret_cast<const uint4*>(rows + PartOffset(odd, part));
+    });
+  }
+
+  // A row's sum, in lanes 4 g, of what `PairProducts` left in lanes 4 g to 4 g + 3.
+  static __device__ __forceinline__ float OfRow(float sum, int row) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    float other = __shfl_xor_sync(0xffffffffu, sum, 2);
+    return row == 0 ? sum : other;
   }
 
   template <int kRows>
@@ -403,62 +450,11 @@ struct MoeKernel {
 
   __device__ __forceinline__ void WriteHidden(int row, int hidden, float gate, float up,
                                               float weight) {
-    gate = FromBfloat16(RoundToBfloat16(gate));
-    up = FromBfloat16(RoundToBfloat16(up));
-    // NaN stays NaN.
-    gate = gate > p.limit ? p.limit : gate;
-    up = up > p.limit ? p.limit : up < -p.limit ? -p.limit : up;
-    float value = __fdividef(gate, 1 + __expf(-gate)) * up * weight;
+    float value = GatedHidden(gate, up, p.limit) * weight;
     int position = Shape::kWarpProducts ? hidden : OrderedInput(hidden);
+    // RoundHidden scales what it rounds.
+    if (Shape::kWarpProducts && !p.quantize) value *= 1 / kInputUnscale;
     p.hidden[int64_t{row} * p.f + position] = RoundToBfloat16(value);
-  }
-
-  // Q1 of a block's hidden rows, a warp for each group of 128 in whatever order they stand.
-  __device__ void RoundHidden(const Item& item) {
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    WaitFor(p.hidden_done + item.block, p.f / Shape::kHiddenOutputs * kConsumerWarps);
-    int groups = item.num_rows * (p.f / kBlockColumns);
-    uint16_t* rows = p.hidden + int64_t{item.first_row} * p.f;
-    for (int group = warp; group < groups; group += kConsumerWarps) {
-      uint2* at = reinterpret_cast<uint2*>(rows + int64_t{group} * kBlockColumns) + lane;
-      *at = RoundGroup(__ldcg(at));
-    }
-    __syncwarp();
-    if (lane == 0) Signal(p.rounded + item.block);
-  }
-
-  // 64 columns of up to 64 tokens.
-  __device__ void Combine(const Item& item) {
-    constexpr int kAtOnce = 8;
-    int tile = item.tile * kCombineColumns / Shape::kDownOutputs;
-    int token = item.block * kCombineTokens + threadIdx.x / 8;
-    int column = item.tile * kCombineColumns + threadIdx.x % 8 * 8;
-    bool exists = token < p.num_tokens;
-    float sum[8] = {};
-    for (int first = 0; first < p.top_k; first += kAtOnce) {
-      int rows[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        bool is_route = exists && first + k < p.top_k;
-        rows[k] = is_route ? p.plan.row_of_route[token * p.top_k + first + k] : -1;
-      }
-      if (first == 0) WaitFor(p.columns_done + tile, *p.plan.num_blocks * kConsumerWarps);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        if (rows[k] < 0) continue;
-        uint4 y = __ldcg(reinterpret_cast<const uint4*>(p.y + int64_t{rows[k]} * p.d + column));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t pair = (&y.x)[i];
-          sum[2 * i] += __uint_as_float(pair << 16);
-          sum[2 * i + 1] += __uint_as_float(pair & 0xffff0000u);
-        }
-      }
-    }
-    if (!exists) return;
-    float4* out = reinterpret_cast<float4*>(p.out + int64_t{token} * p.d + column);
-    out[0] = {sum[0], sum[1], sum[2], sum[3]};
-    out[1] = {sum[4], sum[5], sum[6], sum[7]};
   }
 };
 
@@ -473,6 +469,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1) Moe(const __grid_constant__ Mo
     }
     FenceBarrierInit();
   }
+  if (threadIdx.x < sizeof(shared.zeros)) shared.zeros[threadIdx.x] = 0;
   __syncthreads();
   asm volatile("griddepcontrol.wait;" ::: "memory");
   MoeKernel<Shape> kernel{problem, shared, {}};

@@ -7,6 +7,7 @@
 #include "dsv4/formats.h"
 #include "dsv4/tiled.h"
 #include "round_input.cuh"
+#include "scaled_sums.cuh"
 
 namespace dsv4 {
 
@@ -65,7 +66,8 @@ struct Preparation {
   uint16_t* ordered;  // the same rows, as they are multiplied
   uint16_t* unused_rows;  // [num_tokens, outputs]: rows after the last group become 0
   int width, outputs, rows_per_block;
-  bool quantize, reorder;
+  bool quantize;
+  bool reorder;  // for products of warpgroups; else scaled for those of warps
 };
 
 constexpr int kPrepareThreads = 1024;  // and as many experts at most
@@ -156,6 +158,7 @@ __device__ void OrderRows(const Preparation& p) {
     const uint16_t* from = p.x + group * kBlockColumns;
     uint2 pairs = reinterpret_cast<const uint2*>(from)[lane];
     if (p.quantize) pairs = RoundGroup(pairs);
+    if (!p.reorder) pairs = ScaleInputs(pairs);
     uint32_t* to = reinterpret_cast<uint32_t*>(p.ordered + group * kBlockColumns);
     int first = 4 * lane, second = first + 2;
     to[(p.reorder ? OrderedInput(first) : first) / 2] = pairs.x;

@@ -4,6 +4,7 @@
 
 #include "moe_hopper.cuh"
 #include "moe_plan.cuh"
+#include "scaled_sums.cuh"
 
 namespace dsv4 {
 
@@ -15,10 +16,16 @@ constexpr int kRowStep = 8;      // rows that the epilogue writes at a time
 constexpr int kFewestRows = 16;  // of the smallest blocks of rows of any shape
 constexpr int kRowBytes = kBlockColumns * 2;
 
+constexpr int kCounterPitch = 32;  // of counters that have lines of the cache of their own
+
 struct Weight {
   const uint8_t* codes;
   const uint8_t* scales;
   const float* global_scale;  // [num_experts]
+};
+
+struct ExpertMatrices {
+  Weight gate, up, down;
 };
 
 // out = sum over routes of down(weight * swiglu(gate(x), up(x))); without `out`, y = down(hidden).
@@ -37,6 +44,15 @@ struct MoeProblem {
   float limit;
   bool quantize;
 };
+
+__device__ __forceinline__ float GatedHidden(float gate, float up, float limit) {
+  gate = FromBfloat16(RoundToBfloat16(gate));
+  up = FromBfloat16(RoundToBfloat16(up));
+  // NaN stays NaN.
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return __fdividef(gate, 1 + __expf(-gate)) * up;
+}
 
 enum class Kind : int { kHidden, kRound, kDown, kCombine, kEnd };
 
@@ -66,6 +82,8 @@ struct MoeShape {
   // Few rows are multiplied warp by warp, which leaves the compiler free to overlap it with
   // decoding; many by warpgroups, which read each row from shared memory once.
   static constexpr bool kWarpProducts = kMaxRows <= 16;
+  // Of one or two rows, sums are scaled instead of weights.
+  static constexpr bool kPairs = kWarpProducts && kLaneScales;
 
   struct alignas(1024) Stage {
     uint8_t rows[kDepth * kMaxRows * kRowBytes];
@@ -77,13 +95,14 @@ struct MoeShape {
   static constexpr int kPitch = 20, kTilePitch = 176;
   static constexpr int kPartials = kConsumerWarps * kTilePitch;
   static constexpr int kMaxSharedBytes = 227 * 1024;
-  static constexpr int kFixedBytes = 2 * kPartials * 4 + 8 * kMaxRows + 512;
+  static constexpr int kFixedBytes = 2 * kPartials * 4 + 8 * kMaxRows + kRowBytes + 512;
   static constexpr int kStages = (kMaxSharedBytes - kFixedBytes) / sizeof(Stage);
   static_assert(kStages >= 2 && kStages <= 10, "stages");
 
   struct Shared {
     Stage stages[kStages];
     float partials[2][kPartials];
+    uint8_t zeros[kRowBytes];
     int64_t row_offsets[kMaxRows];  // of the producers' item
     Item items[kStages];            // at an item's first stage
     uint64_t full[kStages], empty[kStages];

@@ -110,8 +110,7 @@ def run(
         num_counters,
     )
     given = arrays.put(x.view(np.uint16))
-    as_it_is = not round_input and not numbers["reorder"]
-    ordered = given if as_it_is else arrays.garbage(2 * x.size)
+    ordered = arrays.garbage(2 * x.size)
     y = np.full((rows, d), 0x7FFF, np.uint16)
     out = np.full((num_tokens, d), np.nan, np.float32)
     if routes is None:
@@ -161,7 +160,7 @@ def run(
     with moe_instructions.instructions():
         launch(
             prepare,
-            grid=(1 if as_it_is else 3,),
+            grid=(3,),
             block=numbers["prepare_threads"],
             arguments=[preparation],
             memory=arrays.memory,

@@ -15,6 +15,10 @@ struct ExpertWeight {
   const float* global_scale;
 };
 
+struct ExpertWeights {
+  ExpertWeight gate, up, down;
+};
+
 struct MoeCall {
   WeightFormat format;
   const uint16_t* x;  // bfloat16 [num_tokens, d]
@@ -22,6 +26,8 @@ struct MoeCall {
   const int32_t* expert_ids;
   const bool* valid;
   ExpertWeight gate, up, down;
+  bool has_shared;  // an expert of all tokens, in FP8
+  ExpertWeights shared;
   float* out;  // [num_tokens, d]
   int num_tokens, top_k, num_experts, d, f;
   float limit;
@@ -73,17 +79,30 @@ inline ffi::Error ParseExpertWeight(const std::string& name, WeightFormat format
   return ffi::Error::Success();
 }
 
-inline ffi::Error ExpectArrays(const ffi::RemainingArgs& arrays, size_t count) {
-  if (arrays.size() == count) return ffi::Error::Success();
-  return Invalid("weights", std::to_string(arrays.size()) + " arrays", std::to_string(count));
+inline ffi::Error ParseExpertWeights(const std::string& prefix, WeightFormat format,
+                                     int64_t num_experts, int64_t d, int64_t f,
+                                     const ffi::RemainingArgs& arrays, size_t first,
+                                     ExpertWeights& weights) {
+  const auto parse = [&](const char* name, int64_t outputs, int64_t inputs, size_t at,
+                         ExpertWeight& weight) {
+    return ParseExpertWeight(prefix + name, format, num_experts, outputs, inputs, arrays, at,
+                             weight);
+  };
+  DSV4_CHECK(parse("w1", f, d, first, weights.gate));
+  DSV4_CHECK(parse("w3", f, d, first + 3, weights.up));
+  return parse("w2", d, f, first + 6, weights.down);
 }
 
-// `projections` are the arrays of w1, w3 and w2. The hidden size is that of the blocks of w1.
+// `projections` are the arrays of w1, w3 and w2, and after them those of the shared expert if there
+// is one. The hidden size is that of the blocks of w1.
 inline ffi::Error ParseMoe(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weights,
                            const ffi::AnyBuffer& expert_ids, const ffi::AnyBuffer& valid,
                            const ffi::RemainingArgs& projections, const ffi::AnyBuffer& out,
                            int32_t weight_format, float limit, bool round_input, MoeCall& call) {
-  DSV4_CHECK(ExpectArrays(projections, 9));
+  constexpr size_t kArrays = 9;
+  if (projections.size() != kArrays && projections.size() != 2 * kArrays) {
+    return Invalid("weights", std::to_string(projections.size()) + " arrays", "9 or 18");
+  }
   DSV4_CHECK(Expect("x", x, ffi::DataType::BF16, {kAnySize, kAnySize}));
   DSV4_CHECK(ExpectAligned("x", x, 16));
   const int64_t num_tokens = x.dimensions()[0], d = x.dimensions()[1];
@@ -97,10 +116,16 @@ inline ffi::Error ParseMoe(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight
   DSV4_CHECK(ExpectShape("w1 codes", codes,
                          {kAnySize, kAnySize, kAnySize, kAnySize, kAnySize, kAnySize, kAnySize}));
   const int64_t num_experts = codes.dimensions()[0], f = codes.dimensions()[1] * kBlockRows;
-  DSV4_CHECK(
-      ParseExpertWeight("w1", call.format, num_experts, f, d, projections, 0, call.gate));
-  DSV4_CHECK(ParseExpertWeight("w3", call.format, num_experts, f, d, projections, 3, call.up));
-  DSV4_CHECK(ParseExpertWeight("w2", call.format, num_experts, d, f, projections, 6, call.down));
+  ExpertWeights routed;
+  DSV4_CHECK(ParseExpertWeights("", call.format, num_experts, d, f, projections, 0, routed));
+  call.gate = routed.gate;
+  call.up = routed.up;
+  call.down = routed.down;
+  call.has_shared = projections.size() > kArrays;
+  if (call.has_shared) {
+    DSV4_CHECK(ParseExpertWeights("shared ", WeightFormat::kFp8Block, 1, d, f, projections, kArrays,
+                                  call.shared));
+  }
   call.x = static_cast<const uint16_t*>(x.untyped_data());
   call.weights = weights.typed_data<float>();
   call.expert_ids = expert_ids.typed_data<int32_t>();
@@ -120,7 +145,7 @@ inline ffi::Error ParseGroupedGemm(const ffi::AnyBuffer& x, const ffi::AnyBuffer
                                    const ffi::RemainingArgs& weight, const ffi::AnyBuffer& out,
                                    int32_t weight_format, bool round_input,
                                    GroupedGemmCall& call) {
-  DSV4_CHECK(ExpectArrays(weight, 3));
+  if (weight.size() != 3) return Invalid("weight", std::to_string(weight.size()) + " arrays", "3");
   DSV4_CHECK(Expect("x", x, ffi::DataType::BF16, {kAnySize, kAnySize}));
   DSV4_CHECK(ExpectAligned("x", x, 16));
   const int64_t num_rows = x.dimensions()[0], inputs = x.dimensions()[1];
