@@ -10,6 +10,7 @@ namespace dsv4 {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+__device__ __forceinline__ float Infinity() { return __int_as_float(0x7f800000); }
 
 // sqrt(softplus(x)), relative error below 1e-6 for |x| < 30 and 4e-6 down to the smallest normal
 // results; softplus(x) = max(x, 0) + log1p(exp(-|x|)).
@@ -26,20 +27,25 @@ __device__ __forceinline__ float SqrtSoftplus(float x) {
   p = fmaf(p, u, 0.3331909776f);
   p = fmaf(p, u, -0.4999949336f);
   p = fmaf(p, u, 0.9999999404f);
-  // The units that multiply are twice as wide as those that compare: max(x, 0) = (x + |x|) / 2.
-  float softplus = fmaf(p, u, 0.5f * (x + fabsf(x))), y;
+  float softplus = fmaf(p, u, fmaxf(x, 0.0f)), y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(softplus));
   return y;
 }
 
-// Keys compare as integers in the order of the numbers, NaN above them; below are kNoExpert and
-// kTaken.
-constexpr int kNoExpert = INT_MIN, kTaken = INT_MIN + 1;
+// What the selection compares; NaN counts as +inf. There is no -0: scores are not negative.
+__device__ __forceinline__ float Biased(float score, float bias) {
+  return fminf(score + bias, Infinity());
+}
 
+// Compare as integers in the order of the numbers.
 __device__ __forceinline__ int OrderedKey(float x) {
   int bits = __float_as_int(x);
   return bits ^ ((bits >> 31) & INT_MAX);
 }
+__device__ __forceinline__ float NumberOfKey(int key) {
+  return __int_as_float(key ^ ((key >> 31) & INT_MAX));
+}
+constexpr int kTaken = INT_MIN;  // below all numbers
 
 // The lane's first expert: a lane has kPerLane consecutive ones, so that the lowest lane among
 // equals has the lowest expert.
@@ -48,9 +54,10 @@ __device__ __forceinline__ int FirstExpert() {
   return static_cast<int>(threadIdx.x % kWarp) * kPerLane;
 }
 
-// The lane's part of row [num_experts]; kFull where lanes have no more than that.
+// The lane's part of row [num_experts], with `absent` behind its end; kFull where lanes have no
+// more than that.
 template <int kPerLane, bool kFull>
-__device__ __forceinline__ void LoadLane(const float* row, int num_experts,
+__device__ __forceinline__ void LoadLane(const float* row, int num_experts, float absent,
                                          float (&values)[kPerLane]) {
   int first = FirstExpert<kPerLane>();
   if constexpr (kFull) {
@@ -63,48 +70,107 @@ __device__ __forceinline__ void LoadLane(const float* row, int num_experts,
   } else {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      values[i] = first + i < num_experts ? row[first + i] : 0.0f;
+      values[i] = first + i < num_experts ? row[first + i] : absent;
     }
   }
 }
 
-// The top_k experts of a warp with the largest keys, best first, the lower one first among equals;
-// lane r gets the r-th. Where `exhausted`, more than kDepth of a lane's may be among them.
-template <int kDepth, int kPerLane>
-__device__ __forceinline__ int SelectExperts(const int (&keys)[kPerLane], int top_k,
-                                             bool& exhausted) {
-  // The best of the lane, in order.
-  int best[kDepth], experts[kDepth];
+template <int kPerLane>
+__device__ __forceinline__ void StoreLane(float* row, const float (&values)[kPerLane]) {
+  int first = FirstExpert<kPerLane>();
+  if constexpr (kPerLane % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    int key = keys[i], expert = FirstExpert<kPerLane>() + i;
-#pragma unroll
-    for (int j = 0; j < (i < kDepth ? i : kDepth); ++j) {
-      bool stays;
-      int lower = min(best[j], key), later = expert;
-      best[j] = __vibmax_s32(best[j], key, &stays);
-      expert = stays ? later : experts[j];
-      experts[j] = stays ? experts[j] : later;
-      key = lower;
+    for (int i = 0; i < kPerLane; i += 4) {
+      *reinterpret_cast<float4*>(row + first + i) = {values[i], values[i + 1], values[i + 2],
+                                                     values[i + 3]};
     }
-    if (i < kDepth) best[i] = key, experts[i] = expert;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) row[first + i] = values[i];
   }
+}
+
+// SelectExperts where equal numbers may be among the chosen, and a lane may have all of them.
+template <int kPerLane>
+__device__ __forceinline__ int SelectAmongEquals(const float (&numbers)[kPerLane], int top_k) {
   int lane = threadIdx.x % kWarp, chosen = 0;
-  unsigned lower_lanes = (1u << lane) - 1;
+  int keys[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) keys[i] = OrderedKey(numbers[i]);
 #pragma unroll 1
   for (int rank = 0; rank < top_k; ++rank) {
-    bool equal = best[0] == __reduce_max_sync(kAllLanes, best[0]);
-    unsigned equals = __ballot_sync(kAllLanes, equal);
-    int expert = __shfl_sync(kAllLanes, experts[0], __ffs(equals) - 1);
-    if (lane == rank) chosen = expert;
-    if (equal && (equals & lower_lanes) == 0) {
+    int best = keys[0], at = 0;
 #pragma unroll
-      for (int j = 0; j + 1 < kDepth; ++j) best[j] = best[j + 1], experts[j] = experts[j + 1];
-      best[kDepth - 1] = kTaken;
+    for (int i = 1; i < kPerLane; ++i) {
+      if (keys[i] > best) best = keys[i], at = i;
+    }
+    int equals = __ballot_sync(kAllLanes, best == __reduce_max_sync(kAllLanes, best));
+    int winner = __ffs(equals) - 1;
+    int expert = __shfl_sync(kAllLanes, FirstExpert<kPerLane>() + at, winner);
+    if (lane == rank) chosen = expert;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane == winner && i == at) keys[i] = kTaken;
     }
   }
-  exhausted = __any_sync(kAllLanes, best[0] == kTaken);
   return chosen;
+}
+
+// The top_k experts of a warp with the largest numbers, best first, the lower one first among
+// equals; lane r gets the r-th.
+//   row: the lanes' numbers, in shared memory.
+template <int kTopK, int kPerLane>
+__device__ __forceinline__ int SelectExperts(const float (&numbers)[kPerLane], const float* row,
+                                             int top_k) {
+  // A lane seldom has more than a few of the chosen.
+  constexpr int kFew = kTopK <= 6 ? 3 : kTopK <= 8 ? 4 : 5;
+  constexpr int kDepth = kPerLane < kFew ? kPerLane : kFew;
+  float largest[kDepth];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    float number = numbers[i];
+#pragma unroll
+    for (int j = 0; j < (i < kDepth ? i : kDepth); ++j) {
+      float lower = fminf(largest[j], number);
+      largest[j] = fmaxf(largest[j], number);
+      number = lower;
+    }
+    if (i < kDepth) largest[i] = number;
+  }
+  int best[kDepth];
+#pragma unroll
+  for (int j = 0; j < kDepth; ++j) best[j] = OrderedKey(largest[j]);
+
+  int lane = threadIdx.x % kWarp, key = 0, lowest = 0;
+  unsigned winners = 1;
+#pragma unroll 1
+  for (int rank = 0; rank < top_k; ++rank) {
+    lowest = __reduce_max_sync(kAllLanes, best[0]);
+    bool wins = best[0] == lowest;
+    unsigned equals = __ballot_sync(kAllLanes, wins);
+    if (lane == rank) winners = equals, key = lowest;
+#pragma unroll
+    for (int j = 0; j < kDepth; ++j) {
+      if (wins) best[j] = j + 1 < kDepth ? best[j + 1] : kTaken;
+    }
+  }
+  int first = (__ffs(winners) - 1) * kPerLane, expert = 0;
+  float number = NumberOfKey(key);
+#pragma unroll
+  for (int i = kPerLane - 1; i >= 0; --i) {
+    if (row[first + i] == number) expert = first + i;
+  }
+  // Equals of several lanes or of one.
+  bool unclear = (winners & (winners - 1)) != 0;
+  unclear |= __shfl_up_sync(kAllLanes, key, 1) == key && lane > 0 && lane < top_k;
+  if (kDepth < kPerLane && __any_sync(kAllLanes, best[0] == kTaken)) {
+    int eligible = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) eligible += numbers[i] >= NumberOfKey(lowest);
+    unclear |= eligible > kDepth;
+  }
+  if (__any_sync(kAllLanes, unclear)) expert = SelectAmongEquals(numbers, top_k);
+  return expert;
 }
 
 // Lane r below top_k stores the r-th expert and its score, divided by the sum of theirs, times
@@ -120,36 +186,27 @@ __device__ __forceinline__ void StoreRoute(int expert, float score, int top_k, f
   }
   if (lane < top_k) {
     ids[lane] = expert;
-    weights[lane] = score * __fdividef(scale, fmaxf(sum, 1e-20f));
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(fmaxf(sum, 1e-20f)));
+    weights[lane] = score * (scale * reciprocal);
   }
 }
 
-// Routes one token by the lanes' scores: selects by score plus bias, weighs by score.
-//   shared: [kWarp * kPerLane], the warp's own, 16-byte aligned.
+// A token's experts in shared memory, 16-byte aligned.
+template <int kPerLane>
+struct TokenExperts {
+  float scores[kWarp * kPerLane];
+  float numbers[kWarp * kPerLane];  // biased scores
+};
+
+// Routes one token by a warp: selects by the lanes' numbers, weighs by score. Numbers of experts
+// that there are not are -inf.
 template <int kTopK, int kPerLane>
-__device__ __forceinline__ void RouteToken(const float (&scores)[kPerLane],
-                                           const float (&biases)[kPerLane], int num_experts,
-                                           int top_k, float scale, float* shared, float* weights,
-                                           int32_t* ids) {
-  int first = FirstExpert<kPerLane>();
-  int keys[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if constexpr (kPerLane % 4 != 0) {
-      shared[first + i] = scores[i];
-    } else if (i % 4 == 0) {
-      float4 four = {scores[i], scores[i + 1], scores[i + 2], scores[i + 3]};
-      *reinterpret_cast<float4*>(shared + first + i) = four;
-    }
-    keys[i] = first + i < num_experts ? OrderedKey(scores[i] + biases[i]) : kNoExpert;
-  }
-  // A lane seldom has more than a few of the best.
-  constexpr int kMost = kTopK < kPerLane ? kTopK : kPerLane, kFew = kMost < 3 ? kMost : 3;
-  bool exhausted;
-  int expert = SelectExperts<kFew>(keys, top_k, exhausted);
-  if (kFew < kMost && exhausted) expert = SelectExperts<kMost>(keys, top_k, exhausted);
-  __syncwarp();
-  StoreRoute<kTopK>(expert, shared[expert], top_k, scale, weights, ids);
+__device__ __forceinline__ void RouteToken(const float (&numbers)[kPerLane],
+                                           const TokenExperts<kPerLane>& experts, int top_k,
+                                           float scale, float* weights, int32_t* ids) {
+  int expert = SelectExperts<kTopK>(numbers, experts.numbers, top_k);
+  StoreRoute<kTopK>(expert, experts.scores[expert], top_k, scale, weights, ids);
 }
 
 }  // namespace dsv4

@@ -13,6 +13,7 @@
 
 #include "dsv4/ffi.h"
 #include "dsv4/router.h"
+#include "mbarrier.cuh"
 #include "router.cuh"
 #include "router_gate.cuh"
 #include "router_launch_sm100.cuh"
@@ -58,6 +59,11 @@ struct Shape {
   static constexpr int kColumns = kColumnWarps * kGroups * kGroup;
   static constexpr int kFragments = kExpertTiles * kTokenTiles;
   static constexpr int kExperts = kExpertTiles * kTileExperts;
+  // Many tokens go through shared memory, so that the loads of the gate have the registers.
+  static constexpr bool kStaged = kTokenTiles * kTokenWarps > 2;
+  static constexpr int kTokens = kTokenTiles * kTokenWarps * kTileTokens;
+  static constexpr int kStagedTokens = kStaged ? kTokens : 1;
+  static constexpr int kPitch = kColumns + kGroup;  // without bank conflicts
   static constexpr int kPerLane = kPerLane_;
   static constexpr bool kFull = kFull_;
   // Pieces of four sums that a thread looks for.
@@ -92,22 +98,54 @@ __device__ __forceinline__ void Mma(float4& c, uint32_t a0, uint32_t a1, uint32_
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void CopyLater(uint16_t* to, const uint16_t* eight) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(eight)
+               : "memory");
+}
+
+// The selecting warp works with the others through these barriers; the last is of the others alone.
+enum Barrier { kScored = 1, kSelected = 2, kWorkers = 3 };
+
+template <Barrier kBarrier>
+__device__ __forceinline__ void Sync() {
+  constexpr int kCount = kBarrier == kWorkers ? kThreads : kThreads + kWarp;
+  asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(kBarrier)), "n"(kCount) : "memory");
+}
+
+// Columns from `begin` on of all tokens.
+template <typename S>
+__device__ __forceinline__ void Stage(const Problem& p, int begin, int end,
+                                      uint16_t (&staged)[S::kStagedTokens][S::kPitch]) {
+  constexpr int kParts = S::kColumns / 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < S::kTokens * kParts; i += kThreads) {
+    int token = i / kParts, column = begin + i % kParts * 8;
+    uint16_t* to = &staged[token][i % kParts * 8];
+    if (token < p.num_tokens && column < end) {
+      CopyLater(to, p.x + int64_t{token} * p.width + column);
+    } else {
+      *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
+    }
+  }
+}
+
 // The warp's sums, over its columns of the slice.
 template <typename S, typename Gate>
 __device__ __forceinline__ void Multiply(const Problem& p, const Gate& gate,
+                                         uint16_t (&staged)[S::kStagedTokens][S::kPitch],
                                          float4 (&acc)[S::kExpertTiles][S::kTokenTiles]) {
   int warp = threadIdx.x / kWarp, row = threadIdx.x % kWarp / 4;
   int first_expert = blockIdx.x * S::kExperts + row;
   int first_token = warp % S::kTokenWarps * S::kTokenTiles * kTileTokens + row;
+  int first_column = warp / S::kTokenWarps * S::kGroups * kGroup + threadIdx.x % 4 * 8;
   int end = min((static_cast<int>(blockIdx.y) + 1) * p.slice, p.width);
-  int begin = blockIdx.y * p.slice + warp / S::kTokenWarps * S::kGroups * kGroup;
   const uint4 zero = {0, 0, 0, 0};
 #pragma unroll 1
-  for (; begin < end; begin += S::kColumns) {
+  for (int begin = blockIdx.y * p.slice; begin < end; begin += S::kColumns) {
     uint4 w[S::kGroups][S::kExpertTiles][2], x[S::kGroups][S::kTokenTiles];
 #pragma unroll
     for (int g = 0; g < S::kGroups; ++g) {
-      int column = begin + g * kGroup + threadIdx.x % 4 * 8;
+      int column = begin + first_column + g * kGroup;
 #pragma unroll
       for (int i = 0; i < 2 * S::kExpertTiles; ++i) {
         int expert = first_expert + i * 8;
@@ -115,15 +153,22 @@ __device__ __forceinline__ void Multiply(const Problem& p, const Gate& gate,
             column < end && expert < p.num_experts ? gate.Load8(expert, column) : zero;
       }
     }
+    if constexpr (S::kStaged) {
+      Stage<S>(p, begin, end, staged);
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      Sync<kWorkers>();
+    }
 #pragma unroll
     for (int g = 0; g < S::kGroups; ++g) {
-      int column = begin + g * kGroup + threadIdx.x % 4 * 8;
+      int column = first_column + g * kGroup;
 #pragma unroll
       for (int t = 0; t < S::kTokenTiles; ++t) {
         int token = first_token + t * kTileTokens;
-        const auto* from = p.x + int64_t{token} * p.width + column;
         x[g][t] = zero;
-        if (column < end && token < p.num_tokens) {
+        if constexpr (S::kStaged) {
+          x[g][t] = *reinterpret_cast<const uint4*>(&staged[token][column]);
+        } else if (begin + column < end && token < p.num_tokens) {
+          const auto* from = p.x + int64_t{token} * p.width + begin + column;
           x[g][t] = __ldg(reinterpret_cast<const uint4*>(from));
         }
       }
@@ -140,6 +185,7 @@ __device__ __forceinline__ void Multiply(const Problem& p, const Gate& gate,
         }
       }
     }
+    if constexpr (S::kStaged) Sync<kWorkers>();
   }
 }
 
@@ -183,18 +229,55 @@ __device__ __forceinline__ float4 Collect(const Problem& p, uint32_t* sums, int 
   return sum;
 }
 
+// What the selecting warp does for each of the block's tokens. A short launch waits longer for
+// instructions than for their results, so that the warp first selects from nothing while the others
+// multiply, which brings the instructions.
+template <typename S>
+__device__ __forceinline__ void SelectTokens(const Problem& p, int first_token, int num_blocks,
+                                             TokenExperts<S::kPerLane>& experts) {
+  if (first_token >= p.num_tokens) return;
+  float numbers[S::kPerLane];
+#pragma unroll
+  for (int i = 0; i < S::kPerLane; ++i) {
+    numbers[i] = static_cast<int>(threadIdx.x % kWarp) - i * kWarp;
+  }
+  StoreLane(experts.numbers, numbers);
+  StoreLane(experts.scores, numbers);
+  __syncwarp();
+  float* weights = experts.scores;
+  auto* ids = reinterpret_cast<int32_t*>(experts.numbers);
+#pragma unroll 1
+  for (int token = first_token;; token += num_blocks) {
+    LoadLane<S::kPerLane, S::kFull>(experts.numbers, p.num_experts, -Infinity(), numbers);
+    RouteToken<kMaxGateTopK>(numbers, experts, p.top_k, p.scale, weights, ids);
+    if (token >= p.num_tokens) break;
+    Sync<kSelected>();
+    Sync<kScored>();
+    weights = p.weights + token * p.top_k, ids = p.ids + token * p.top_k;
+  }
+}
+
 template <typename S, typename Gate>
-__global__ void __launch_bounds__(kThreads) DenseRouter(Problem p, Gate gate) {
-  __shared__ float4 of_warps[kWarps][S::kFragments][kWarp];
-  __shared__ __align__(16) float scores[kWarp * S::kPerLane];
+__global__ void __launch_bounds__(kThreads + kWarp, 1) DenseRouter(Problem p, Gate gate) {
+  __shared__ union {
+    float4 of_warps[kWarps][S::kFragments][kWarp];
+    __align__(16) uint16_t staged[S::kStagedTokens][S::kPitch];
+  } shared;
+  auto& of_warps = shared.of_warps;
+  __shared__ __align__(16) TokenExperts<S::kPerLane> experts;
+  const int num_blocks = gridDim.x * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
+  if (threadIdx.x >= kThreads) {
+    SelectTokens<S>(p, block, num_blocks, experts);
+    return;
+  }
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float4 acc[S::kExpertTiles][S::kTokenTiles] = {};
-  Multiply<S>(p, gate, acc);
+  Multiply<S>(p, gate, shared.staged, acc);
 #pragma unroll
   for (int i = 0; i < S::kFragments; ++i) {
     of_warps[warp][i][lane] = acc[i / S::kTokenTiles][i % S::kTokenTiles];
   }
-  __syncthreads();
+  Sync<kWorkers>();
 
   int padded_experts = gridDim.x * S::kExperts, stored_experts = p.NumQuads() * 4;
   uint32_t* sums = reinterpret_cast<uint32_t*>(arena) + p.first_sum;
@@ -219,27 +302,27 @@ __global__ void __launch_bounds__(kThreads) DenseRouter(Problem p, Gate gate) {
     if (token + 1 < p.num_tokens && later_stored) Publish(next + 8, Encode(sum.w));
   }
 
-  int num_blocks = gridDim.x * gridDim.y;
-  for (int token = blockIdx.y * gridDim.x + blockIdx.x; token < p.num_tokens;
-       token += num_blocks) {
-    float biases[S::kPerLane], mine[S::kPerLane];
-    if (warp == 0) LoadLane<S::kPerLane, S::kFull>(p.bias, p.num_experts, biases);
+  for (int token = block; token < p.num_tokens; token += num_blocks) {
+    int first = threadIdx.x / p.lanes_of_quad * 4;
+    float4 biases = {};
+    float* bias = &biases.x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bias[i] = first + i < p.num_experts ? __ldg(p.bias + first + i) : -Infinity();
+    }
     uint32_t* of_token = sums + token * p.num_slices * padded_experts;
     float4 sum = Collect<S::kPolled>(p, of_token, padded_experts);
-    int quad = threadIdx.x / p.lanes_of_quad;
-    if (threadIdx.x % p.lanes_of_quad == 0 && quad < p.NumQuads()) {
+    Sync<kSelected>();
+    if (threadIdx.x % p.lanes_of_quad == 0 && first < p.NumQuads() * 4) {
       float factor = gate.Scale();
-      reinterpret_cast<float4*>(scores)[quad] = {
-          SqrtSoftplus(sum.x * factor), SqrtSoftplus(sum.y * factor),
-          SqrtSoftplus(sum.z * factor), SqrtSoftplus(sum.w * factor)};
+      float4 scores = {SqrtSoftplus(sum.x * factor), SqrtSoftplus(sum.y * factor),
+                       SqrtSoftplus(sum.z * factor), SqrtSoftplus(sum.w * factor)};
+      *reinterpret_cast<float4*>(experts.scores + first) = scores;
+      *reinterpret_cast<float4*>(experts.numbers + first) = {
+          Biased(scores.x, biases.x), Biased(scores.y, biases.y), Biased(scores.z, biases.z),
+          Biased(scores.w, biases.w)};
     }
-    __syncthreads();
-    if (warp == 0) {
-      LoadLane<S::kPerLane, S::kFull>(scores, p.num_experts, mine);
-      RouteToken<kMaxGateTopK>(mine, biases, p.num_experts, p.top_k, p.scale, scores,
-                               p.weights + token * p.top_k, p.ids + token * p.top_k);
-    }
-    __syncthreads();
+    Sync<kScored>();
   }
 }
 
@@ -277,7 +360,7 @@ ffi::Error Launch(cudaStream_t stream, Problem p, const Gate& gate) {
   p.slice = slice_pieces * S::kColumns;
   p.num_slices = (num_pieces + slice_pieces - 1) / slice_pieces;
   p.first_sum = TakeWords(p.num_tokens * p.num_slices * num_tiles * S::kExperts);
-  DenseRouter<S><<<dim3(num_tiles, p.num_slices), kThreads, 0, stream>>>(p, gate);
+  DenseRouter<S><<<dim3(num_tiles, p.num_slices), kThreads + kWarp, 0, stream>>>(p, gate);
   return CudaStatus(cudaGetLastError());
 }
 

@@ -52,7 +52,7 @@ struct RouterShared {
   uint32_t tensor_memory;
   bool is_last;
   float of_splits[kRouterSplits][kOwnTokens][kTileExperts];
-  float scores[kOwnTokens][kMaxGateExperts];
+  alignas(16) TokenExperts<12> experts[kOwnTokens];
 };
 
 template <int32_t kTokens, typename Gate>
@@ -177,11 +177,17 @@ struct Router {
   template <int32_t kPerLane>
   __device__ __forceinline__ void Select(int32_t token) const {
     const int32_t warp = threadIdx.x / 32;
-    float scores[kPerLane], biases[kPerLane];
-    LoadLane<kPerLane, false>(p.bias, p.num_experts, biases);
-    LoadLane<kPerLane, false>(p.scores + token * p.num_experts, p.num_experts, scores);
-    RouteToken<kMaxGateTopK>(scores, biases, p.num_experts, p.top_k, p.scale, shared.scores[warp],
-                             p.weights + token * p.top_k, p.ids + token * p.top_k);
+    float scores[kPerLane], numbers[kPerLane];
+    LoadLane<kPerLane, false>(p.bias, p.num_experts, -Infinity(), numbers);
+    LoadLane<kPerLane, false>(p.scores + token * p.num_experts, p.num_experts, 0.0f, scores);
+#pragma unroll
+    for (int32_t i = 0; i < kPerLane; ++i) numbers[i] = Biased(scores[i], numbers[i]);
+    auto& experts = *reinterpret_cast<TokenExperts<kPerLane>*>(&shared.experts[warp]);
+    StoreLane(experts.scores, scores);
+    StoreLane(experts.numbers, numbers);
+    __syncwarp();
+    RouteToken<kMaxGateTopK>(numbers, experts, p.top_k, p.scale, p.weights + token * p.top_k,
+                             p.ids + token * p.top_k);
   }
 
   __device__ void Run() const {

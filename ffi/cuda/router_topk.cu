@@ -15,22 +15,33 @@ constexpr int kBlocksPerSm = 10, kMaxBlocks = kBlocksPerSm * 132;
 // Blocks of y have a bias each; a warp takes every so many-th token.
 template <int kTopK, int kPerLane, bool kFull>
 __global__ void __launch_bounds__(kWarps * kWarp, kPerLane <= 8 ? kBlocksPerSm : 1)
-    ActivationTopk(const float* logits, const float* bias, int num_tokens, int num_experts,
-                   int top_k, float scale, float* weights, int32_t* ids) {
-  __shared__ __align__(16) float shared[kWarps][kWarp * kPerLane];
-  int warp = threadIdx.x / kWarp, step = gridDim.x * kWarps;
-  int token = blockIdx.x * kWarps + warp;
-  int64_t first = int64_t{blockIdx.y} * num_tokens;
+    ActivationTopk(const float* logits, const float* bias, uint32_t num_tokens,
+                   uint32_t num_experts, uint32_t top_k, float scale, float* weights,
+                   int32_t* ids) {
+  __shared__ __align__(16) TokenExperts<kPerLane> of_warps[kWarps];
+  TokenExperts<kPerLane>& experts = of_warps[threadIdx.x / kWarp];
+  const int64_t first = int64_t{blockIdx.y} * num_tokens;
   logits += first * num_experts, weights += first * top_k, ids += first * top_k;
   bias += int64_t{blockIdx.y} * num_experts;
-  for (; token < num_tokens; token += step) {
-    float scores[kPerLane], biases[kPerLane];
-    LoadLane<kPerLane, kFull>(logits + int64_t{token} * num_experts, num_experts, scores);
-    LoadLane<kPerLane, kFull>(bias, num_experts, biases);
+  float biases[kPerLane];
+  LoadLane<kPerLane, kFull>(bias, num_experts, -Infinity(), biases);
+  const uint32_t warp = threadIdx.x / kWarp, step = gridDim.x * kWarps;
+  // Warps behind the last token stay with the others, so that all lanes are known to be together.
+  for (uint32_t begin = blockIdx.x * kWarps; begin < num_tokens; begin += step) {
+    const uint64_t token = min(begin + warp, num_tokens - 1);
+    float scores[kPerLane], numbers[kPerLane];
+    LoadLane<kPerLane, kFull>(logits + token * num_experts, num_experts, 0.0f, scores);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) scores[i] = SqrtSoftplus(scores[i]);
-    RouteToken<kTopK>(scores, biases, num_experts, top_k, scale, shared[warp],
-                      weights + int64_t{token} * top_k, ids + int64_t{token} * top_k);
+    for (int i = 0; i < kPerLane; ++i) {
+      scores[i] = SqrtSoftplus(scores[i]);
+      numbers[i] = Biased(scores[i], biases[i]);
+    }
+    StoreLane(experts.scores, scores);
+    StoreLane(experts.numbers, numbers);
+    __syncwarp();
+    RouteToken<kTopK>(numbers, experts, top_k, scale, weights + token * top_k,
+                      ids + token * top_k);
+    __syncwarp();
   }
 }
 

@@ -1,9 +1,10 @@
-// topk_select: a warp for each short row with few to choose, else blocks or clusters of them.
+// topk_select: a warp for each short row with few to choose, else a block or a cluster of them.
 
 #include <climits>
 
 #include "dsv4/topk.h"
 #include "topk.cuh"
+#include "topk_chunk.cuh"
 #include "topk_resident.cuh"
 
 namespace dsv4 {
@@ -85,6 +86,14 @@ cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, const Arguments&
                             static_cast<uint32_t>(a.k), a.values, a.indices);
 }
 
+template <bool kSorted>
+cudaError_t LaunchChunks(cudaStream_t stream, const Arguments& a) {
+  chunk::SelectChunks<kSorted><<<static_cast<unsigned>(a.num_rows), kSelectThreads, 0, stream>>>(
+      a.scores, a.lengths, static_cast<uint32_t>(a.n), static_cast<uint32_t>(a.k), a.values,
+      a.indices);
+  return cudaGetLastError();
+}
+
 template <int kResident, bool kSorted>
 cudaError_t LaunchResidentRows(cudaStream_t stream, const Arguments& a, int64_t cluster) {
   constexpr auto kernel = resident::SelectResidentRows<kResident, kSorted>;
@@ -112,6 +121,7 @@ cudaError_t LaunchStreamedRows(cudaStream_t stream, const Arguments& a, int64_t 
 
 template <bool kSorted>
 cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a) {
+  if (a.n <= kChunk) return LaunchChunks<kSorted>(stream, a);
   constexpr int kFew = 16, kMany = 64;
   int sm_count = 0, device = 0;
   cudaGetDevice(&device);
@@ -126,8 +136,8 @@ cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a) {
          (8 * cluster * a.num_rows <= 3 * sm_count || !holds(cluster, kMany))) {
     cluster *= 2;
   }
-  // Rows of one chunk, rows that registers do not hold, and those for which blocks would wait.
-  if (a.n <= kChunk || !holds(cluster, kMany) || cluster * a.num_rows > sm_count) {
+  // Rows that registers do not hold, and those for which blocks would wait.
+  if (!holds(cluster, kMany) || cluster * a.num_rows > sm_count) {
     return LaunchStreamedRows<kSorted>(stream, a, sm_count);
   }
   return holds(cluster, kFew) ? LaunchResidentRows<kFew, kSorted>(stream, a, cluster)

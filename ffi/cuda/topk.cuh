@@ -218,6 +218,10 @@ __device__ __forceinline__ void Prune(SelectShared& shared, uint32_t k, Kept& ke
 struct Keys {
   uint32_t keys[kPerThread], first_index;
 
+  __device__ __forceinline__ Candidate At(int i) const {
+    return MakeCandidate(keys[i], first_index + i * kLanes);
+  }
+
   __device__ __forceinline__ Keys(const float* row, uint32_t begin, uint32_t length) {
     uint32_t per_warp = (length + kSelectThreads - 1) / kSelectThreads * kLanes;
     uint32_t warp = threadIdx.x / kLanes, end = min((warp + 1) * per_warp, length);
@@ -236,9 +240,10 @@ struct Keys {
   }
 };
 
-// The least of k or more groups' largest keys: so many of the chunk are not below it.
-__device__ __forceinline__ uint32_t FirstLowest(const Keys& x, uint32_t k, uint32_t* warp_minima) {
-  constexpr int kMost = kMaxSelectK / kSelectThreads;  // groups of a thread
+// Of the thread's one to four groups of keys the least of their largest; of all threads' they are k
+// or more.
+__device__ __forceinline__ uint32_t LeastOfGroups(const Keys& x, uint32_t k) {
+  constexpr int kMost = kMaxSelectK / kSelectThreads;
   static_assert(kMost == 4, "");
   uint32_t largest[kMost];
 #pragma unroll
@@ -255,7 +260,12 @@ __device__ __forceinline__ uint32_t FirstLowest(const Keys& x, uint32_t k, uint3
       least = max(least, __shfl_xor_sync(kWholeWarp, least, size));
     }
   }
-  return max(~BlockMax(~least, warp_minima), kNaN);
+  return least;
+}
+
+// The least of k or more groups' largest keys: so many of the chunk are not below it.
+__device__ __forceinline__ uint32_t FirstLowest(const Keys& x, uint32_t k, uint32_t* warp_minima) {
+  return max(~BlockMax(~LeastOfGroups(x, k), warp_minima), kNaN);
 }
 
 // Candidates from row[begin, end).
@@ -285,7 +295,7 @@ __device__ __forceinline__ Kept KeepCandidates(SelectShared& shared, const float
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
           if (x.keys[i] >= lowest) {
-            shared.candidates[at++] = MakeCandidate(x.keys[i], x.first_index + i * kLanes);
+            shared.candidates[at++] = x.At(i);
           }
         }
         kept.count += sums.total;

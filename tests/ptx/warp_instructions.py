@@ -8,22 +8,28 @@ from tests.ptx.emulator.lanes import (
     SHARED_WINDOW,
     WARP,
     address_reader,
+    address_reader_32,
     dtype_of,
     instruction,
     reader,
     writer,
 )
+from tests.ptx.emulator.memory import shared_view
+
+_REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum}
 
 
-@instruction("redux.sync.max")
-def _reduce_max(i):
-    dtype = dtype_of(i.parts[-1])
+@instruction(*(f"redux.sync.{name}" for name in _REDUCTIONS))
+def _reduce(i):
+    dtype, function = dtype_of(i.parts[-1]), _REDUCTIONS[i.parts[2]]
     value, write = reader(i.operands[1], dtype), writer(i.operands[0], dtype)
-    return lambda warp, mask: write(warp, mask, np.full(WARP, value(warp)[mask].max()))
+    return lambda warp, mask: write(
+        warp, mask, np.full(WARP, function(value(warp)[mask]), np.int64).astype(dtype)
+    )
 
 
 def _bitwise(i, function):
-    value, write = reader(i.operands[1], "u4"), writer(i.operands[0], "u4")
+    value, write = reader(i.operands[1], dtype_of(i.parts[-1])), writer(i.operands[0], "u4")
     return lambda warp, mask: write(
         warp, mask, np.array([function(int(v)) for v in value(warp)], "u4")
     )
@@ -36,8 +42,9 @@ def _reversed(i):
 
 @instruction("clz", "bfind.shiftamt")
 def _leading_zeros(i):
-    of_zero = 32 if i.parts[0] == "clz" else 2**32 - 1
-    return _bitwise(i, lambda v: 32 - v.bit_length() if v else of_zero)
+    bits = 8 * np.dtype(dtype_of(i.parts[-1])).itemsize
+    of_zero = bits if i.parts[0] == "clz" else 2**32 - 1
+    return _bitwise(i, lambda v: bits - v.bit_length() if v else of_zero)
 
 
 @instruction("bfi")
@@ -101,17 +108,30 @@ def _mma(i):
     return multiply
 
 
-@instruction("atom.inc.u32", "atom.global.inc.u32")
-def _atomic_wrapping_increment(i):
-    addresses, limit = address_reader(i.operands[1]), reader(i.operands[2], "u4")
-    write = writer(i.operands[0], "u4")
+def _atomic(i, function):
+    """`function` of the old value and the operand gives the new one."""
+    shared = "shared" in i.parts
+    addresses = (address_reader_32 if shared else address_reader)(i.operands[1])
+    operand, write = reader(i.operands[2], "u4"), writer(i.operands[0], "u4")
 
-    def increment(warp, mask):
-        where, old = addresses(warp), np.zeros(WARP, "u4")
+    def update(warp, mask):
+        where, operands, old = addresses(warp), operand(warp), np.zeros(WARP, "u4")
         for lane in np.flatnonzero(mask):
-            value = warp.memory.view(int(where[lane]), 4).view("u4")
+            address = int(where[lane])
+            memory = shared_view(warp, address, 4) if shared else warp.memory.view(address, 4)
+            value = memory.view("u4")
             old[lane] = value[0]
-            value[0] = 0 if value[0] >= limit(warp)[lane] else value[0] + 1
+            value[0] = function(int(value[0]), int(operands[lane]))
         write(warp, mask, old)
 
-    return increment
+    return update
+
+
+@instruction("atom.inc.u32", "atom.global.inc.u32")
+def _atomic_wrapping_increment(i):
+    return _atomic(i, lambda old, limit: 0 if old >= limit else old + 1)
+
+
+@instruction("atom.shared.add.u32")
+def _atomic_add(i):
+    return _atomic(i, lambda old, more: (old + more) % 2**32)
