@@ -19,7 +19,7 @@ from benchmarks.harness import (
     memory_floor_us,
     write_results,
 )
-from dsv4_jax.ops.hyper_connections import KERNEL_WIDTHS, Gates, hc_post, hc_post_pre, hc_pre
+from dsv4_jax.ops.hyper_connections import Gates, hc_post, hc_post_pre, hc_pre
 
 STATIC: dict[str, Any] = {"num_iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 TOKENS = (1, 16, 64, 1024, 4096)
@@ -54,8 +54,6 @@ def row(op: str, size: str, tokens: int, quick: bool) -> dict[str, Any]:
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((args, results)))
     times = {}
     for name in ("ffi",) if quick else ("ffi", "xla"):
-        if name == "ffi" and op != "hc_post" and width not in KERNEL_WIDTHS:
-            continue
         call = partial(function, implementation=name)
         times[f"{name}_us"] = device_time_us(call, *args, cold=range(len(args)))
     return times | {"floor_us": memory_floor_us(num_bytes)}

@@ -1,7 +1,8 @@
 """Which of an operation's implementations runs."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,12 @@ def dispatch(
         ValueError: there is no implementation of that name.
         NotImplementedError: the one asked for by name does not support the arguments.
     """
+    if (observer := _observer.get()) is not None:
+        observer(implementations, arrays, static)
+        with observed(None):
+            return dispatch(implementation, implementations, *arrays, **static)
     if implementation is None:
-        operation = _module(implementations["xla"])
+        operation = operation_name(implementations)
         implementation = kernels.current().implementation(operation, implementations)
     if implementation is not None:
         if implementation not in implementations:
@@ -52,7 +57,38 @@ def dispatch(
     return reference(*arrays)
 
 
-def _module(function: Callable[..., Any]) -> str:
+def differentiable(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` with the derivatives of `reference`, a function of the same arrays."""
+    function = jax.custom_jvp(kernel)
+
+    @function.defjvp
+    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        return function(*primals), jax.jvp(reference, primals, tangents)[1]
+
+    return function
+
+
+def operation_name(implementations: Mapping[str, Callable[..., Any]]) -> str:
+    """The module that defines the operation."""
+    function = implementations["xla"]
     while isinstance(function, partial):
         function = function.func
     return function.__module__.rpartition(".")[2]
+
+
+Observer = Callable[[Mapping[str, Callable[..., Any]], tuple[Any, ...], dict[str, Any]], None]
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer | None) -> Iterator[None]:
+    """Shows `observer` every operation called inside, but not what operations call themselves.
+
+    It gets the implementations, the arrays and the static arguments.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)

@@ -3,7 +3,6 @@
 Manifold-constrained hyper-connections of DeepSeek-V4: n streams X_j of width d.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 import dsv4_ffi
-from dsv4_jax.ops.dispatch import dispatch
+from dsv4_jax.ops.dispatch import differentiable, dispatch
 from dsv4_jax.ops.norms import rms_norm
 from dsv4_jax.ops.product import product, sum_of_squares
 
 # What the kernels hold.
 KERNEL_STREAMS = 4
-KERNEL_WIDTHS = (256, 512, 1024, 2048, 4096)
+_WIDTH_MULTIPLE, _MAX_WIDTH = 256, 8192
+# Of up to so many tokens the kernels split the channels further, so that all multiprocessors work.
+_FEW_TOKENS = 256
 
 
 class Gates(NamedTuple):
@@ -94,8 +95,8 @@ def hc_pre(
         num_iterations: rounds of `sinkhorn`, at least 1.
         eps: of the gates and of `sinkhorn`.
         norm_eps: of both root mean squares.
-        implementation: "ffi" (4 bfloat16 streams of width 256, 512, 1024, 2048 or 4096), "xla" or
-            None for the fastest.
+        implementation: "ffi" (4 bfloat16 streams of a width up to 8192 that 256 divides), "xla"
+            or None for the fastest.
 
     Returns:
         (x [..., d] in the streams' dtype, post [..., n], comb [..., n (from), n (to)])
@@ -222,7 +223,9 @@ def _post_pre_xla(
     return (streams, *_pre_xla(streams, gates, **static))
 
 
-def _check_kernel(name: str, streams: Array, *, widths: tuple[int, ...] | None = None) -> None:
+def _check_kernel(
+    name: str, streams: Array, width_multiple: int = 8, max_width: int | None = None
+) -> None:
     n, d = streams.shape[-2:]
     if streams.dtype != jnp.bfloat16:
         raise NotImplementedError(
@@ -230,25 +233,12 @@ def _check_kernel(name: str, streams: Array, *, widths: tuple[int, ...] | None =
         )
     if n != KERNEL_STREAMS:
         raise NotImplementedError(f"{name}: the kernel takes {KERNEL_STREAMS} streams, not {n}")
-    if widths is None and d % 8:
-        raise NotImplementedError(f"{name}: the kernel takes a width that 8 divides, not {d}")
-    if widths is not None and d not in widths:
+    if d % width_multiple:
         raise NotImplementedError(
-            f"{name}: the kernel takes a width of {', '.join(map(str, widths))}, not {d}"
+            f"{name}: the kernel takes a width that {width_multiple} divides, not {d}"
         )
-
-
-def _differentiable(
-    kernel: Callable[..., Any], reference: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`kernel` with the derivatives of `reference`."""
-    function = jax.custom_jvp(kernel)
-
-    @function.defjvp
-    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        return function(*primals), jax.jvp(reference, primals, tangents)[1]
-
-    return function
+    if max_width is not None and d > max_width:
+        raise NotImplementedError(f"{name}: the kernel takes a width up to {max_width}, not {d}")
 
 
 def _attributes(*, num_iterations: int, eps: float, norm_eps: float) -> dict[str, Any]:
@@ -275,24 +265,39 @@ def _call(
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     batch: tuple[int, ...],
     *arrays: Array,
+    workspace: tuple[jax.ShapeDtypeStruct, ...] = (),
     **attributes: Any,
 ) -> tuple[Array, ...]:
-    results = dsv4_ffi.call(name, shapes, *arrays, **attributes)
-    return tuple(result.reshape(*batch, *result.shape[1:]) for result in results)
+    results = dsv4_ffi.call(name, (*shapes, *workspace), *arrays, **attributes)
+    return tuple(result.reshape(*batch, *result.shape[1:]) for result in results[: len(shapes)])
+
+
+def _workspace(streams: Array) -> tuple[jax.ShapeDtypeStruct]:
+    """Of each part of the channels and token, what is summed over the channels."""
+    tokens, _, width = _shapes(streams)[0].shape
+    parts = width // (32 if tokens <= _FEW_TOKENS else _WIDTH_MULTIPLE)
+    return (jax.ShapeDtypeStruct((parts, tokens, 28), jnp.float32),)
 
 
 def _pre_ffi(streams: Array, gates: Gates, **static: Any) -> Collapsed:
-    _check_kernel("hc_pre", streams, widths=KERNEL_WIDTHS)
+    _check_kernel("hc_pre", streams, _WIDTH_MULTIPLE, _MAX_WIDTH)
 
     def kernel(streams: Array, gates: Gates) -> Any:
-        shapes, batch = _shapes(streams), streams.shape[:-2]
-        flat = streams.reshape(shapes[0].shape)
-        return _call("hc_pre", shapes[1:], batch, flat, *gates, **_attributes(**static))
+        shapes = _shapes(streams)
+        return _call(
+            "hc_pre",
+            shapes[1:],
+            streams.shape[:-2],
+            streams.reshape(shapes[0].shape),
+            *gates,
+            workspace=_workspace(streams),
+            **_attributes(**static),
+        )
 
     def reference(*arrays: Any) -> Collapsed:
         return _pre_xla(*arrays, **static)
 
-    return _differentiable(kernel, reference)(streams, gates)
+    return differentiable(kernel, reference)(streams, gates)
 
 
 def _flat(streams: Array, *others: Array) -> tuple[Array, ...]:
@@ -310,13 +315,13 @@ def _post_ffi(output: Array, streams: Array, post: Array, comb: Array) -> Array:
         (new,) = _call("hc_post", _shapes(streams)[:1], streams.shape[:-2], x, flat, post, comb)
         return new
 
-    return _differentiable(kernel, _post_xla)(output, streams, post, comb)
+    return differentiable(kernel, _post_xla)(output, streams, post, comb)
 
 
 def _post_pre_ffi(
     output: Array, streams: Array, post: Array, comb: Array, gates: Gates, **static: Any
 ) -> tuple[Array, ...]:
-    _check_kernel("hc_post_pre", streams, widths=KERNEL_WIDTHS)
+    _check_kernel("hc_post_pre", streams, _WIDTH_MULTIPLE, _MAX_WIDTH)
 
     def kernel(output: Array, streams: Array, post: Array, comb: Array, gates: Gates) -> Any:
         flat, x, post, comb = _flat(streams, output.astype(streams.dtype), post, comb)
@@ -325,10 +330,11 @@ def _post_pre_ffi(
             _shapes(streams),
             streams.shape[:-2],
             *(x, flat, post, comb, *gates),
+            workspace=_workspace(streams),
             **_attributes(**static),
         )
 
     def reference(*arrays: Any) -> tuple[Array, ...]:
         return _post_pre_xla(*arrays, **static)
 
-    return _differentiable(kernel, reference)(output, streams, post, comb, gates)
+    return differentiable(kernel, reference)(output, streams, post, comb, gates)

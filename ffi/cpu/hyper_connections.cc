@@ -120,7 +120,7 @@ ffi::Error Post(ffi::AnyBuffer output, ffi::AnyBuffer streams, ffi::AnyBuffer po
 ffi::Error Pre(ffi::AnyBuffer streams, ffi::AnyBuffer fn, ffi::AnyBuffer base,
                ffi::AnyBuffer scale, ffi::AnyBuffer norm_weight, int32_t num_iterations, float eps,
                float norm_eps, ffi::Result<ffi::AnyBuffer> x, ffi::Result<ffi::AnyBuffer> post,
-               ffi::Result<ffi::AnyBuffer> comb) {
+               ffi::Result<ffi::AnyBuffer> comb, ffi::Result<ffi::AnyBuffer> /*sums*/) {
   DSV4_CHECK(ExpectGates(streams, fn, base, scale, norm_weight));
   const Gates gates = {In<float>(fn),          In<float>(base), In<float>(scale),
                        In<float>(norm_weight), num_iterations,  eps,
@@ -139,10 +139,10 @@ ffi::Error PostPre(ffi::AnyBuffer output, ffi::AnyBuffer streams, ffi::AnyBuffer
                    ffi::AnyBuffer scale, ffi::AnyBuffer norm_weight, int32_t num_iterations,
                    float eps, float norm_eps, ffi::Result<ffi::AnyBuffer> new_streams,
                    ffi::Result<ffi::AnyBuffer> x, ffi::Result<ffi::AnyBuffer> new_post,
-                   ffi::Result<ffi::AnyBuffer> new_comb) {
+                   ffi::Result<ffi::AnyBuffer> new_comb, ffi::Result<ffi::AnyBuffer> sums) {
   DSV4_CHECK(Post(output, streams, post, comb, new_streams));
   return Pre(*new_streams, fn, base, scale, norm_weight, num_iterations, eps, norm_eps, x,
-             new_post, new_comb);
+             new_post, new_comb, sums);
 }
 
 }  // namespace
@@ -168,6 +168,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_hc_pre, Pre,
                                   .Attr<float>("norm_eps")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
@@ -184,6 +185,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_hc_post_pre, PostPre,
                                   .Attr<int32_t>("num_iterations")
                                   .Attr<float>("eps")
                                   .Attr<float>("norm_eps")
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()

@@ -4,18 +4,16 @@
 #include "dsv4/hyper_connections.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 
-#include "hyper_pre.cuh"
+#include "hyper_collapse.cuh"
+#include "hyper_project.cuh"
 
 namespace dsv4 {
 namespace {
 
 using hyper::Problem;
-using hyper::Shared;
 
-constexpr int kPostThreads = 256;
+constexpr int kPostThreads = 256, kMaxWidth = 8192;
 
 __global__ void __launch_bounds__(kPostThreads) HcPost(const __grid_constant__ Problem p) {
   int64_t group = int64_t{blockIdx.x} * kPostThreads + threadIdx.x;
@@ -47,59 +45,63 @@ cudaError_t LaunchPost(const Problem& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// How many clusters of so many blocks run at a time; also lets the kernel use what it needs.
-template <bool kSpread>
-cudaError_t MaxClusters(const cudaLaunchConfig_t& config, int num_ranks, int& num_clusters) {
-  const auto kernel = hyper::HcPre<kSpread>;
-  static std::mutex mutex;
-  static std::map<int, int> known;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto [found, is_new] = known.try_emplace(num_ranks, 0);
-  cudaError_t status = cudaSuccess;
-  if (is_new) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (status == cudaSuccess) {
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    sizeof(Shared));
-    }
-    if (status == cudaSuccess) {
-      status = cudaOccupancyMaxActiveClusters(&found->second, kernel, &config);
-    }
-  }
-  num_clusters = found->second;
-  return status;
-}
-
-template <bool kSpread>
-cudaError_t LaunchPre(const Problem& p, cudaStream_t stream) {
-  if (p.num_tokens == 0) return cudaSuccess;
-  int num_ranks = 1 << p.log2_ranks;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(num_ranks), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(num_ranks);
-  config.blockDim = dim3(hyper::kThreads);
-  config.dynamicSmemBytes = sizeof(Shared);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int num_clusters = 0;
-  cudaError_t status = MaxClusters<kSpread>(config, num_ranks, num_clusters);
-  if (status != cudaSuccess) return status;
+template <bool kSpread, int kSteps>
+cudaError_t LaunchProject(const Problem& p, cudaStream_t stream) {
+  const auto kernel = hyper::Project<kSpread, kSteps>;
+  constexpr int kBytes = sizeof(hyper::ProjectShared<kSteps>);
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  int device = 0, num_multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   int num_tiles = (p.num_tokens + hyper::kTileTokens - 1) / hyper::kTileTokens;
-  config.gridDim = dim3(num_ranks * std::max(1, std::min(num_clusters, num_tiles)));
-  return cudaLaunchKernelEx(&config, hyper::HcPre<kSpread>, p);
+  int num_groups = std::max(1, std::min(num_multiprocessors / p.num_parts, num_tiles));
+  kernel<<<num_groups * p.num_parts, hyper::kProjectThreads<kSteps>, kBytes, stream>>>(p);
+  return cudaGetLastError();
 }
 
-// Widths that clusters of a permitted size share.
-ffi::Error ExpectClusterWidth(int64_t width) {
-  int64_t num_ranks = width / hyper::kBlockChannels;
-  if (width % hyper::kBlockChannels == 0 && 1 <= num_ranks && num_ranks <= hyper::kMaxRanks &&
-      (num_ranks & (num_ranks - 1)) == 0) {
+template <int kParts>
+cudaError_t LaunchCollapse(const Problem& p, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = p.num_tokens;
+  config.blockDim = hyper::kCollapseThreads;
+  config.dynamicSmemBytes = hyper::CollapseBytes(p.width);
+  config.stream = stream;
+  // Of few tokens, it is launched while the sums are computed and waits for them on the device.
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = kParts > 1;
+  return cudaLaunchKernelEx(&config, hyper::Collapse<kParts>, p);
+}
+
+template <bool kSpread>
+cudaError_t LaunchPre(Problem p, cudaStream_t stream) {
+  if (p.num_tokens == 0) return cudaSuccess;
+  constexpr int kSteps = hyper::kStepsPerSum;
+  const bool few = p.num_parts * hyper::kStepChannels == p.width;
+  cudaError_t status = few ? LaunchProject<kSpread, 1>(p, stream)
+                           : LaunchProject<kSpread, kSteps>(p, stream);
+  if (status != cudaSuccess) return status;
+  if (kSpread) p.streams = p.new_streams;
+  return few ? LaunchCollapse<kSteps>(p, stream) : LaunchCollapse<1>(p, stream);
+}
+
+// The sums have a part for each step, of few tokens, or for as many as are added up first.
+ffi::Error ExpectSums(const ffi::AnyBuffer& streams, ffi::Result<ffi::AnyBuffer>& sums) {
+  const int64_t num_tokens = streams.dimensions()[0], width = streams.dimensions()[2];
+  DSV4_CHECK(ExpectMultiple("width", width, hyper::kChunkChannels));
+  if (width > kMaxWidth) {
+    return Invalid("width", std::to_string(width), "at most " + std::to_string(kMaxWidth));
+  }
+  DSV4_CHECK(Expect("sums", *sums, ffi::DataType::F32, {kAnySize, num_tokens, hyper::kSums}));
+  const int64_t num_parts = sums->dimensions()[0];
+  if (num_parts * hyper::kStepChannels == width || num_parts * hyper::kChunkChannels == width) {
     return ffi::Error::Success();
   }
-  return Invalid("width", std::to_string(width), "256, 512, 1024, 2048 or 4096");
+  return Invalid("sums", std::to_string(num_parts) + " parts", "width / 32 or width / 256");
 }
 
 template <typename T>
@@ -128,11 +130,12 @@ void SetGates(Problem& p, const ffi::AnyBuffer& streams, const ffi::AnyBuffer& f
               const ffi::AnyBuffer& base, const ffi::AnyBuffer& scale,
               const ffi::AnyBuffer& norm_weight, int32_t num_iterations, float eps, float norm_eps,
               ffi::Result<ffi::AnyBuffer>& x, ffi::Result<ffi::AnyBuffer>& post,
-              ffi::Result<ffi::AnyBuffer>& comb) {
+              ffi::Result<ffi::AnyBuffer>& comb, ffi::Result<ffi::AnyBuffer>& sums) {
   p.num_tokens = streams.dimensions()[0];
   p.width = streams.dimensions()[2];
   p.streams = In<uint16_t>(streams);
-  while (hyper::kBlockChannels << p.log2_ranks < p.width) ++p.log2_ranks;
+  p.num_parts = sums->dimensions()[0];
+  p.sums = Out<float>(sums);
   p.fn = In<float>(fn);
   p.base = In<float>(base);
   p.scale = In<float>(scale);
@@ -158,11 +161,12 @@ ffi::Error Post(cudaStream_t stream, ffi::AnyBuffer output, ffi::AnyBuffer strea
 ffi::Error Pre(cudaStream_t stream, ffi::AnyBuffer streams, ffi::AnyBuffer fn, ffi::AnyBuffer base,
                ffi::AnyBuffer scale, ffi::AnyBuffer norm_weight, int32_t num_iterations, float eps,
                float norm_eps, ffi::Result<ffi::AnyBuffer> x, ffi::Result<ffi::AnyBuffer> post,
-               ffi::Result<ffi::AnyBuffer> comb) {
+               ffi::Result<ffi::AnyBuffer> comb, ffi::Result<ffi::AnyBuffer> sums) {
   DSV4_CHECK(ExpectGates(streams, fn, base, scale, norm_weight));
-  DSV4_CHECK(ExpectClusterWidth(streams.dimensions()[2]));
+  DSV4_CHECK(ExpectSums(streams, sums));
   Problem p = {};
-  SetGates(p, streams, fn, base, scale, norm_weight, num_iterations, eps, norm_eps, x, post, comb);
+  SetGates(p, streams, fn, base, scale, norm_weight, num_iterations, eps, norm_eps, x, post, comb,
+           sums);
   return CudaStatus(LaunchPre<false>(p, stream));
 }
 
@@ -171,14 +175,15 @@ ffi::Error PostPre(cudaStream_t stream, ffi::AnyBuffer output, ffi::AnyBuffer st
                    ffi::AnyBuffer base, ffi::AnyBuffer scale, ffi::AnyBuffer norm_weight,
                    int32_t num_iterations, float eps, float norm_eps,
                    ffi::Result<ffi::AnyBuffer> new_streams, ffi::Result<ffi::AnyBuffer> x,
-                   ffi::Result<ffi::AnyBuffer> new_post, ffi::Result<ffi::AnyBuffer> new_comb) {
+                   ffi::Result<ffi::AnyBuffer> new_post, ffi::Result<ffi::AnyBuffer> new_comb,
+                   ffi::Result<ffi::AnyBuffer> sums) {
   DSV4_CHECK(ExpectSpread(output, streams, post, comb));
   DSV4_CHECK(ExpectGates(streams, fn, base, scale, norm_weight));
-  DSV4_CHECK(ExpectClusterWidth(streams.dimensions()[2]));
+  DSV4_CHECK(ExpectSums(streams, sums));
   Problem p = {};
   SetSpread(p, output, streams, post, comb, new_streams);
   SetGates(p, streams, fn, base, scale, norm_weight, num_iterations, eps, norm_eps, x, new_post,
-           new_comb);
+           new_comb, sums);
   return CudaStatus(LaunchPre<true>(p, stream));
 }
 
@@ -207,6 +212,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_hc_pre, Pre,
                                   .Attr<float>("norm_eps")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
 
@@ -224,6 +230,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_hc_post_pre, PostPre,
                                   .Attr<int32_t>("num_iterations")
                                   .Attr<float>("eps")
                                   .Attr<float>("norm_eps")
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()

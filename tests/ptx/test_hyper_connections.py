@@ -16,7 +16,6 @@ import pytest
 from tests.ptx import warp_instructions  # noqa: F401
 from tests.ptx.emulator import GlobalMemory, lanes, launch, parse
 from tests.ptx.emulator.lanes import WARP, address_reader, address_reader_32, reader, writer
-from tests.ptx.emulator.mbarrier import barrier_at
 from tests.ptx.emulator.memory import shared_view
 from tests.ptx.emulator.tma import GARBAGE_BYTE
 from tests.test_ops_hyper_connections import (
@@ -33,28 +32,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="there is no nvcc to compile with"
 )
 SOURCES = Path(__file__).parents[2] / "ffi"
-THREADS, MAX_SHARED_BYTES = 384, 227 << 10
-
-
-def _send(i):
-    """A store into another block's memory that completes bytes of a barrier there, some time."""
-    to, signal = address_reader_32(i.operands[0]), address_reader_32(i.operands[2])
-    values = [reader(o, "f4") for o in i.operands[1].elements]
-
-    def run(warp, mask):
-        data = np.stack([read(warp) for read in values], 1).view(np.uint8)
-        for lane in np.flatnonzero(mask):
-            target = shared_view(warp, int(to(warp)[lane]), 16)
-            barrier = barrier_at(warp, int(signal(warp)[lane]))
-
-            def finish(target=target, barrier=barrier, value=data[lane]):
-                target[:] = value
-                barrier.complete(16)
-
-            target[:] = GARBAGE_BYTE
-            warp.block.cluster.copy_later(finish)
-
-    return run
+MAX_SHARED_BYTES = 227 << 10
 
 
 def _groups(warp):
@@ -111,35 +89,11 @@ def _rsqrt(i):
     return lambda warp, mask: write(warp, mask, 1 / np.sqrt(value(warp)))
 
 
-def _multiply(i):
-    """d = a b + c of a [16, 8], b [8, 8]; lane l has rows l / 4 and columns 2 (l % 4) onwards."""
-    writers = [writer(o, "f4") for o in i.operands[0].elements]
-    upper, lower = (reader(o, "u4") for o in i.operands[1].elements)
-    right = reader(i.operands[2].elements[0], "u4")
-    sums = [reader(o, "f4") for o in i.operands[3].elements]
-
-    def matrix(words):
-        halves = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], 1).view("f4")
-        return halves.reshape(8, 8).astype("f8")
-
-    def run(warp, mask):
-        b = matrix(right(warp)).T
-        products = [matrix(upper(warp)) @ b, matrix(lower(warp)) @ b]
-        for j, (read, write) in enumerate(zip(sums, writers, strict=True)):
-            column = products[j // 2].reshape(8, 4, 2)[:, :, j % 2].reshape(WARP)
-            write(warp, mask, (column + read(warp)).astype("f4"))
-
-    return run
-
-
 INSTRUCTIONS = {
-    "mma.sync.aligned.m16n8k8": _multiply,
     "rsqrt": _rsqrt,
-    "st.async": _send,
     "cp.async.cg.shared.global": _copy,
     "cp.async.commit_group": _commit,
     "cp.async.wait_group": _wait_for_groups,
-    "setmaxnreg": lambda i: lambda warp, mask: None,
 }
 
 
@@ -158,57 +112,70 @@ def kernel(name):
     return parse(ptx(), name)
 
 
-def run(num_tokens, width, clusters, spreads=True, seed=0):
-    """(new streams or None, x, post, comb) and the inputs."""
+def run(num_tokens, width, parts, groups, spreads=True, seed=0):
+    """(new streams, x, post, comb) and the inputs."""
     spread, gates = random_spread(num_tokens, width), random_gates(width)
-    results = (
-        np.full((num_tokens, 4, width), np.nan, ml_dtypes.bfloat16),
+    new = np.full((num_tokens, 4, width), np.nan, ml_dtypes.bfloat16) if spreads else spread[1]
+    sums = np.full((parts, num_tokens, 28), np.nan, np.float32)
+    collapsed = (
         np.full((num_tokens, width), np.nan, ml_dtypes.bfloat16),
         np.full((num_tokens, 4), np.nan, np.float32),
         np.full((num_tokens, 4, 4), np.nan, np.float32),
     )
     memory = GlobalMemory()
-    pointers = [memory.place(a) for a in (*spread, *gates)]
-    problem = struct.pack(
-        "@PPPPPPPPiiiiffPPPP",
-        *pointers,
-        *(num_tokens, width, (width // 256).bit_length() - 1, ROUNDS, EPS, NORM_EPS),
-        *(memory.place(a) for a in results),
-    )
-    ranks = width // 256
-    with mock.patch.dict(lanes._BUILDERS, INSTRUCTIONS):
+    inputs = [memory.place(a) for a in (*spread, *gates)]
+    outputs = [memory.place(a) for a in (new, sums, *collapsed)]
+
+    def start(name, streams, grid, block):
+        problem = struct.pack(
+            "@PPPPPPPPiiiiffPPPPP",
+            *(inputs[0], streams, *inputs[2:]),
+            *(num_tokens, width, parts, ROUNDS, EPS, NORM_EPS),
+            *outputs,
+        )
         launch(
-            kernel(f"HcPreILb{int(spreads)}E"),
-            grid=(ranks * clusters,),
-            block=THREADS,
-            cluster=ranks,
+            kernel(name),
+            grid=(grid,),
+            block=block,
             arguments=[problem],
             memory=memory,
             dynamic_shared_bytes=MAX_SHARED_BYTES,
             seed=seed,
         )
-    return results, spread, gates
+
+    few = parts == width // 32
+    with mock.patch.dict(lanes._BUILDERS, INSTRUCTIONS):
+        name = f"ProjectILb{int(spreads)}ELi{1 if few else 8}E"
+        start(name, inputs[1], parts * groups, 256 if few else 512)
+        start(f"CollapseILi{8 if few else 1}E", outputs[0], num_tokens, 288)
+    return (new, *collapsed), spread, gates
 
 
-def check(num_tokens, width, clusters, seed=0):
-    (new, *collapsed), spread, gates = run(num_tokens, width, clusters, seed=seed)
-    check_post(new, *spread)
+def check(num_tokens, width, parts, groups, **options):
+    (new, *collapsed), spread, gates = run(num_tokens, width, parts, groups, **options)
+    if options.get("spreads", True):
+        check_post(new, *spread)
     check_pre(collapsed, new, gates)
+    return new, *collapsed
 
 
-@pytest.mark.parametrize(("num_tokens", "width", "clusters"), [(33, 256, 1), (3, 512, 1)])
-def test_post_pre(num_tokens, width, clusters):
-    """More tiles than are under way at a time, and blocks that add up together."""
-    check(num_tokens, width, clusters)
+def test_few_and_many_tokens():
+    """The same bits from parts of one warp as of eight, of which several groups have a tile."""
+    few, many = check(9, 256, 8, 1), check(9, 256, 1, 2)
+    for a, b in zip(few, many, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pre():
+    check(3, 512, 2, 1, spreads=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 4))
-@pytest.mark.parametrize(("num_tokens", "width", "clusters"), [(89, 256, 2), (50, 512, 1)])
-def test_schedules(num_tokens, width, clusters, seed):
-    check(num_tokens, width, clusters, seed)
-
-
-def test_pre():
-    (_, *collapsed), (_, streams, _, _), gates = run(5, 256, 1, spreads=False)
-    check_pre(collapsed, streams, gates)
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "parts", "groups"),
+    [(41, 256, 1, 1), (66, 256, 8, 1), (17, 768, 3, 2), (3, 768, 24, 1)],
+)
+def test_schedules(num_tokens, width, parts, groups, seed):
+    """More tiles than warps or teams, and widths that no power of two is."""
+    check(num_tokens, width, parts, groups, seed=seed)
