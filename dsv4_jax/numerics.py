@@ -1,4 +1,4 @@
-"""Where the forward pass rounds on purpose."""
+"""Where the forward pass rounds on purpose, and whether a batch shows in the last bits."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +23,12 @@ class Numerics:
         quantize_indexer: Q3, indexer queries and keys to MXFP4 after the Hadamard rotation.
         gate: what routers multiply: "stored", the checkpoint's weight; "bfloat16" or "nvfp4",
             both operands or the weight rounded to it at load.
+        batch_invariant: the kernels of sparse attention split a query's sums by its own entries
+            alone, so that what attention gives it has the same bits in any batch and with any
+            length of the block table; for few queries this is slower. Only attention: matrix
+            products (linears, routers, experts) choose by the number of rows how their sums are
+            split, so that a whole step's logits may still differ in their last bits between
+            batch sizes.
 
     `Numerics.EXACT` rounds nothing: with `dtype=float32` every product is a true float32 product
     on every backend. `Numerics.CHECKPOINT`, the default everywhere, rounds where the released
@@ -36,6 +42,7 @@ class Numerics:
     quantize_kv: bool = True
     quantize_indexer: bool = True
     gate: str = "stored"
+    batch_invariant: bool = False
 
     EXACT: ClassVar["Numerics"]
     CHECKPOINT: ClassVar["Numerics"]

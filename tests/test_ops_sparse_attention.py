@@ -201,6 +201,7 @@ def test_refuses():
         ([2600], {"heads": 64, "ratio": 4, "top_k": 512}),
         ([0, 3, 300, 1023, 4096], {"heads": 128, "ratio": 4, "top_k": 200}),
         ([9000, 126, 255, 40000], {"heads": 64, "ratio": 128}),
+        ([300000], {"heads": 70, "ratio": 128}),
         ([1020, 2, 600], {"heads": 40, "ratio": 4, "top_k": 64, "t": 4, "length": [4, 2, 0]}),
         ([1020, 125], {"heads": 3, "ratio": 128, "t": 5, "ring": 132}),
         ([300], {"heads": 64, "ratio": 4, "top_k": 130, "t": 300}),
@@ -228,23 +229,43 @@ def test_gpu_nothing_but_the_sink():
     np.testing.assert_array_equal(run(case, "ffi", jnp.bfloat16), 0)
 
 
-@pytest.mark.gpu
-def test_gpu_batch_invariant():
+def check_batch_invariant(case, dtype):
     """Each row alone, and with a longer table, gives the same bits."""
-    rng = np.random.default_rng(9)
-    case = full_size(rng, [3000, 70000, 90, 20000], heads=64, ratio=128)
-    together = run(case, "ffi", jnp.bfloat16, batch_invariant=True)
-    for s in range(4):
+    together = run(case, "ffi", dtype, batch_invariant=True)
+    for s in range(len(case.start)):
         row = slice(s, s + 1)
         alone = replace(
             case,
             **{name: getattr(case, name)[row] for name in ("q", "start", "length")},
+            ids=None if case.ids is None else case.ids[row],
             table=np.pad(case.table[row], ((0, 0), (0, 300)), constant_values=-1),
             ring=tuple(plane[:, row] for plane in case.ring),
             new=tuple(plane[row] for plane in case.new),
         )
-        found = run(alone, "ffi", jnp.bfloat16, batch_invariant=True)
+        found = run(alone, "ffi", dtype, batch_invariant=True)
         np.testing.assert_array_equal(found[0], together[s])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("options", [{}, {"ratio": 4, "top_k": 24}, {"ratio": 128}])
+def test_batch_invariant(options, implementation):
+    del implementation
+    case = make_case(np.random.default_rng(12), [200, 17, 300], t=2, **options)
+    check_batch_invariant(case, jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("start", "options"),
+    [
+        ([3000, 70000, 90, 20000], {"ratio": 128}),
+        ([3000, 700, 90], {"ratio": 4, "top_k": 300, "t": 2}),
+        ([300, 4], {}),
+    ],
+)
+def test_gpu_batch_invariant(start, options):
+    case = full_size(np.random.default_rng(9), start, heads=64, **options)
+    check_batch_invariant(case, jnp.bfloat16)
 
 
 @pytest.mark.gpu

@@ -17,14 +17,24 @@ cudaError_t Launch(cudaStream_t stream, const AttentionProblem& p) {
   int device = 0, num_multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int num_blocks = std::min(p.num_items, num_multiprocessors);
-  Attend<<<num_blocks, kAttentionThreads, sizeof(AttentionShared), stream>>>(p);
-  if (p.rule.max_splits == 1) return cudaGetLastError();
-  // Launched while the parts are computed, it waits for them on the device.
   cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = p.in_pairs() ? p.num_items : std::min(p.num_items, num_multiprocessors);
+  config.blockDim = kAttentionThreads;
+  config.dynamicSmemBytes = sizeof(AttentionShared);
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (p.in_pairs()) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {2, 1, 1};
+    config.numAttrs = 1;
+  }
+  const cudaError_t launched = cudaLaunchKernelEx(&config, Attend, p);
+  if (launched != cudaSuccess || !p.in_parts()) return launched;
+  // Launched while the parts are computed, it waits for them on the device.
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
+  config = {};
   config.gridDim = dim3(p.a.num_queries, p.a.heads);
   config.stream = stream;
   config.attrs = &attribute;
@@ -56,17 +66,20 @@ ffi::Error SparseAttention(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer
   if (p.a.num_queries == 0 || p.a.heads == 0) return ffi::Error::Success();
   p.tiles = (p.a.heads + kTileRows - 1) / kTileRows;
   const int64_t num_items = int64_t{p.a.num_queries} * p.tiles * max_splits;
-  if (max_splits < 1 || min_blocks < 1 || min_blocks > INT32_MAX || num_items > INT32_MAX) {
-    return Invalid("max_splits", std::to_string(max_splits), "1 or more, below 2^31 parts");
+  if (max_splits < 1 || max_splits > kMaxParts || num_items > INT32_MAX) {
+    return Invalid("max_splits", std::to_string(max_splits), "1 to 256, below 2^31 parts");
   }
+  if (min_blocks < 1 || min_blocks > INT32_MAX) {
+    return Invalid("min_blocks", std::to_string(min_blocks), "1 or more");
+  }
+  p.num_items = static_cast<int>(num_items);
+  p.rule = {static_cast<int>(max_splits), static_cast<int>(min_blocks)};
   DSV4_CHECK(Expect("parts", *parts, ffi::DataType::F32,
-                    {max_splits == 1 ? 0 : num_items, kTileRows, kWidth + 2}));
+                    {p.in_parts() ? num_items : 0, kTileRows, kWidth + 2}));
   DSV4_CHECK(ExpectAligned("q", q, 16));
   DSV4_CHECK(ExpectAligned("ring", ring, 16));
   DSV4_CHECK(ExpectAligned("recent", recent, 16));
   DSV4_CHECK(ExpectAligned("pool", pool, 16));
-  p.num_items = static_cast<int>(num_items);
-  p.rule = {static_cast<int>(max_splits), static_cast<int>(min_blocks)};
   p.parts = parts->typed_data<float>();
   p.o = static_cast<uint16_t*>(o->untyped_data());
   return CudaStatus(Launch(stream, p));

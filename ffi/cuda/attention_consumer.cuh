@@ -11,7 +11,7 @@ constexpr int kConsumers = 2, kWarpgroup = 128;
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kChannels = kWidth / kConsumers;      // of a consumer
 constexpr int kOwnEntries = kTileRows / kConsumers;  // of a tile
-constexpr int kConsumerBarrier = 1;
+constexpr int kConsumerBarrier = 1, kOwnBarrier = 2;  // of both, and the first of each
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -76,8 +76,8 @@ struct Consumer {
   __device__ __forceinline__ void Attend(const uint8_t* queries, const uint8_t* entries,
                                          const float* bias, float scale, Exchange& exchange) {
     float s[kOwnEntries / 2];
-    const uint64_t a = SwizzledRows(SharedAddress(queries));
-    const uint64_t b = SwizzledRows(SharedAddress(entries + Number() * kOwnEntries * 128));
+    const uint64_t a = SwizzledRows(OwnAddress(queries));
+    const uint64_t b = SwizzledRows(OwnAddress(entries + Number() * kOwnEntries * 128));
     FenceProducts();
 #pragma unroll
     for (int step = 0; step < kWidth / 16; ++step) {
@@ -132,9 +132,9 @@ struct Consumer {
     }
     FenceAsync();
     SyncThreads(kConsumerBarrier, kConsumerThreads);
-    const uint64_t rows = SwizzledRows(SharedAddress(exchange.weights));
+    const uint64_t rows = SwizzledRows(OwnAddress(exchange.weights));
     const uint64_t values = SwizzledColumns<kPanelBytes>(
-        SharedAddress(entries + Number() * (kPanels / kConsumers) * kPanelBytes));
+        OwnAddress(entries + Number() * (kPanels / kConsumers) * kPanelBytes));
     FenceProducts();
 #pragma unroll
     for (int step = 0; step < kTileRows / 16; ++step) {
@@ -201,6 +201,56 @@ struct Consumer {
 #pragma unroll
       for (int which = 0; which < 2; ++which) stats[Row(which)] = {peak[which], sum[which]};
     }
+  }
+
+  // Calls f(i, two channels of both rows from `8 i + Column()` on).
+  template <typename Function>
+  __device__ __forceinline__ void ForEachPiece(Function f) const {
+#pragma unroll
+    for (int i = 0; i < kChannels / 8; ++i) {
+      f(i, float4{o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]});
+    }
+  }
+
+  // Calls f(head, {peak, sum}) once for each head.
+  template <typename Function>
+  __device__ __forceinline__ void ForEachHead(Function f) const {
+    if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) f(Row(which), float2{peak[which], sum[which]});
+  }
+
+  // Adds what another consumer of the same channels has of other entries.
+  __device__ __forceinline__ void Add(const float4* pieces, const float2* stats) {
+    float own[2], others[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float2 other = stats[Row(which)];
+      const float joint = fmaxf(peak[which], other.x);
+      own[which] = Exp2(peak[which] - Base(joint));
+      others[which] = Exp2(other.x - Base(joint));
+      peak[which] = joint;
+      sum[which] = __fmul_rn(sum[which], own[which]) + __fmul_rn(other.y, others[which]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels / 8; ++i) {
+      const float4 x = pieces[i * kWarpgroup + threadIdx.x % kWarpgroup];
+      o[4 * i] = o[4 * i] * own[0] + x.x * others[0];
+      o[4 * i + 1] = o[4 * i + 1] * own[0] + x.y * others[0];
+      o[4 * i + 2] = o[4 * i + 2] * own[1] + x.z * others[1];
+      o[4 * i + 3] = o[4 * i + 3] * own[1] + x.w * others[1];
+    }
+  }
+
+  // Writes the outputs of the consumer's channels by way of `tile`, in which nobody else is busy;
+  // `out` and `sink` are of the first head.
+  __device__ __forceinline__ void StoreOutput(uint16_t* out, uint8_t* tile, const float* sink,
+                                              int num_heads, const float2* rotation) const {
+    constexpr int kOwnPanels = kPanels / kConsumers;
+    StoreTile(tile, sink, num_heads, rotation);
+    SyncThreads(kOwnBarrier + Number(), kWarpgroup);
+    StoreRows<kOwnPanels>(out, tile, num_heads, Number() * kOwnPanels, threadIdx.x % kWarpgroup,
+                          kWarpgroup);
   }
 
   // Leaves the outputs of the consumer's channels in a tile.

@@ -2,16 +2,18 @@
 //
 // One warpgroup fetches records, dequantises them and leaves tiles in shared memory; two others
 // consume them. Blocks are persistent: the fetching runs ahead into their next item. An item is 64
-// heads of a query and one split of its slots; several splits are combined by a second kernel.
+// heads of a query and one split of its slots; two splits are combined by the two blocks of a
+// cluster, more by a second kernel.
 #pragma once
 
 #include "attention_consumer.cuh"
+#include "cluster.cuh"
 
 namespace dsv4 {
 
 constexpr int kProducerThreads = kWarpgroup;
 constexpr int kAttentionThreads = kConsumerThreads + kProducerThreads;
-constexpr int kStages = 2;
+constexpr int kStages = 2, kMaxParts = 256;
 constexpr int kPartFloats = kTileRows * (kWidth + 2);
 
 struct AttentionShared {
@@ -20,6 +22,7 @@ struct AttentionShared {
   Exchange exchange;
   float bias[kStages][kTileRows];  // 0, or -infinity for an empty slot
   float2 rotation[kRotary / 2];
+  float2 stats[kTileRows];  // peaks and sums of the pair's other block
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -29,6 +32,9 @@ struct AttentionProblem {
   int tiles, num_items;  // of 64 heads
   float* parts;          // [queries, tiles, splits] of outputs [64, 512] and (peak, sum) [64, 2]
   uint16_t* o;
+
+  DSV4_HOST_DEVICE bool in_pairs() const { return rule.max_splits == 2; }
+  DSV4_HOST_DEVICE bool in_parts() const { return rule.max_splits > 2; }
 };
 
 struct AttentionItem {
@@ -131,6 +137,37 @@ __device__ void Produce(const AttentionProblem& p, AttentionShared& shared) {
   }
 }
 
+// To another block's shared memory; seen there after SyncCluster.
+__device__ __forceinline__ void StoreToRank(uint32_t cluster_address, const float4& x) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void StoreToRank(uint32_t cluster_address, const float2& x) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(cluster_address), "f"(x.x),
+               "f"(x.y)
+               : "memory");
+}
+
+// Both blocks of a pair have a part; each finishes the channels of the consumer of its own rank.
+__device__ __forceinline__ void FinishInPair(AttentionShared& shared, Consumer& state,
+                                             int num_heads, const float* sink, uint16_t* o) {
+  const int rank = blockIdx.x % 2;
+  SyncCluster();  // nobody reads queries and entries any more
+  if (Consumer::Number() != rank) {
+    const uint32_t to = ClusterAddress(shared.queries, 1 - rank);
+    state.ForEachPiece([&](int i, float4 x) {
+      StoreToRank(to + (i * kWarpgroup + threadIdx.x % kWarpgroup) * sizeof(float4), x);
+    });
+    const uint32_t stats = ClusterAddress(shared.stats, 1 - rank);
+    state.ForEachHead([&](int head, float2 x) { StoreToRank(stats + head * sizeof(x), x); });
+  }
+  SyncCluster();
+  if (Consumer::Number() != rank) return;
+  state.Add(reinterpret_cast<const float4*>(shared.queries), shared.stats);
+  state.StoreOutput(o, shared.entries[0], sink, num_heads, shared.rotation);
+}
+
 __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
   const float scale = p.a.scale * kLog2e;
   RingPosition<kStages> stage;
@@ -139,7 +176,7 @@ __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
   for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
     const AttentionItem item(p, index);
     const bool whole = p.rule.max_splits == 1;
-    if (item.begin >= item.end && !whole) continue;
+    if (item.begin >= item.end && p.in_parts()) continue;
     const int num_heads = min(p.a.heads - item.tile * kTileRows, kTileRows);
     const int64_t first =
         (int64_t{item.query.row} * p.a.heads + item.tile * kTileRows) * kWidth;
@@ -162,11 +199,11 @@ __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
       stage.Advance();
     }
     state.SumOverEntries(shared.exchange);
+    const float* sink = p.a.sink + item.tile * kTileRows;
     if (whole) {  // nobody reads the queries any more
-      state.StoreTile(shared.queries, p.a.sink + item.tile * kTileRows, num_heads,
-                      shared.rotation);
-      SyncThreads(kConsumerBarrier, kConsumerThreads);
-      StoreRows(p.o + first, shared.queries, num_heads, threadIdx.x, kConsumerThreads);
+      state.StoreOutput(p.o + first, shared.queries, sink, num_heads, shared.rotation);
+    } else if (p.in_pairs()) {
+      FinishInPair(shared, state, num_heads, sink, p.o + first);
     } else {
       state.StorePart(p.parts + int64_t{index} * kPartFloats);
     }
@@ -192,6 +229,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 136;");
     Produce(p, shared);
+    if (p.in_pairs()) {  // with the consumers' two
+      SyncCluster();
+      SyncCluster();
+    }
   }
 }
 

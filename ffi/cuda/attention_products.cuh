@@ -6,6 +6,10 @@
 
 namespace dsv4 {
 
+__device__ __forceinline__ uint32_t OwnAddress(const void* pointer) {
+  return SharedAddress(pointer) & 0x3ffffu;
+}
+
 #define DSV4_F8(x, i)                                                                             \
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
       "+f"(x[i + 6]), "+f"(x[i + 7])

@@ -97,15 +97,15 @@ __device__ __forceinline__ void LoadQueries(uint8_t* tile, const uint16_t* q, in
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// The reverse, for the rows with a head.
+// The reverse, for the rows with a head and `kCount` panels from `panel` on.
+template <int kCount>
 __device__ __forceinline__ void StoreRows(uint16_t* o, const uint8_t* tile, int num_heads,
-                                          int thread, int num_threads) {
-  constexpr int kParts = kWidth / 8;
+                                          int panel, int thread, int num_threads) {
 #pragma unroll 4
-  for (int i = thread; i < num_heads * kParts; i += num_threads) {
-    const int part = i % kParts;
-    reinterpret_cast<uint4*>(o)[i] =
-        *reinterpret_cast<const uint4*>(tile + TileOffset(i / kParts, part / 8, part % 8));
+  for (int i = thread; i < num_heads * kCount * 8; i += num_threads) {
+    const int row = i / (kCount * 8), part = panel * 8 + i % (kCount * 8);
+    reinterpret_cast<uint4*>(o)[row * (kWidth / 8) + part] =
+        *reinterpret_cast<const uint4*>(tile + TileOffset(row, part / 8, part % 8));
   }
 }
 

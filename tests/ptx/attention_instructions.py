@@ -12,7 +12,7 @@ import numpy as np
 from tests.ptx import hopper
 from tests.ptx.emulator import lanes
 from tests.ptx.emulator.lanes import address_reader, address_reader_32, reader, writer
-from tests.ptx.emulator.memory import shared_view
+from tests.ptx.emulator.memory import RANK_SHIFT, shared_view
 from tests.ptx.emulator.tma import GARBAGE_BYTE
 from tests.ptx.hopper import _GROUP, _THREAD, _a_operand, _b_operand, _products
 
@@ -23,6 +23,7 @@ def instructions() -> Iterator[None]:
         "wgmma.mma_async.sync.aligned": _product,
         "cp.async.cg.shared.global": _copy,
         "cp.async.wait_all": _land,
+        "cp.async.bulk.prefetch.L2.global": _nothing,
         "griddepcontrol.launch_dependents": _nothing,
         "griddepcontrol.wait": _nothing,
         "cvt.rni.f64.f64": lambda i: _integral(i, np.rint, "f8"),
@@ -74,6 +75,7 @@ def _columns(warp, descriptor: int, columns: int) -> np.ndarray:
         for part in range(columns // 8):
             address = start + row // 8 * stride + row % 8 * 128 + part // 8 * panel + part % 8 * 16
             address ^= (address >> 7 & 7) << 4
+            address |= warp.block.rank << RANK_SHIFT
             operand[row, 16 * part : 16 * part + 16] = shared_view(warp, address, 16)
     return _bfloat16(operand)
 

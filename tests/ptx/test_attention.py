@@ -82,13 +82,14 @@ def run(case, max_splits, num_blocks):
     with attention_instructions.instructions():
         launch(
             attend,
-            grid=[min(num_items, num_blocks)],
+            grid=[num_items if max_splits == 2 else min(num_items, num_blocks)],
+            cluster=2 if max_splits == 2 else 1,
             block=numbers["threads"],
             dynamic_shared_bytes=numbers["shared_bytes"],
             arguments=[problem],
             memory=memory,
         )
-        if max_splits > 1:
+        if max_splits > 2:
             launch(combine, grid=[b * t, h], block=256, arguments=[problem], memory=memory)
     return o.view(ml_dtypes.bfloat16).astype(np.float64)
 
@@ -100,6 +101,7 @@ def run(case, max_splits, num_blocks):
         ([40], 1, 1, {"heads": 2, "exponent": 60}),
         ([60], 2, 2, {"heads": 2, "ratio": 4, "top_k": 14}),
         ([5, 260, 17], 1, 2, {"heads": 66, "ratio": 4, "top_k": 30, "length": [1, 1, 0]}),
+        ([126, 300], 2, 8, {"heads": 3, "ratio": 128, "t": 2, "length": [2, 1]}),
         ([126, 300], 3, 5, {"heads": 3, "ratio": 128, "t": 2, "length": [2, 1]}),
     ],
 )
