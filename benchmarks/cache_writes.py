@@ -17,6 +17,7 @@ from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.ops.append_swa import append_swa
 from dsv4_jax.ops.flush import Flushed, Stream, flush_csa, flush_hca
 from dsv4_jax.ops.gather_kv import gather_kv
+from dsv4_jax.ops.layer_writes import layer_writes
 
 HEADS, WIDTH, ROPE, KEY, WINDOW, EPS = 64, 512, 64, 128, 128, 1e-6
 ENTRY, KEYS = EntryRecord(WIDTH, ROPE), KeyRecord(KEY)
@@ -131,6 +132,47 @@ def flush_row(ratio: int, sequences: int, tokens: int, start: int, layers: int =
     }
 
 
+def writes_row(sequences: int, ratio: int) -> Row:
+    """All that a layer writes for one token of each sequence, which completes an entry."""
+    kinds: tuple[tuple[int, Storage], ...] = ((WIDTH, ENTRY), (KEY, KEYS))[: 2 if ratio == 4 else 1]
+    streams = tuple(stream(ratio, *kind, 1, sequences, 1) for kind in kinds)
+    ring = zeros(ENTRY, 1, sequences, WINDOW)
+    table = jnp.arange(2 * sequences, dtype=jnp.int32).reshape(sequences, 2)
+    place = jnp.full(sequences, 127), jnp.ones(sequences, jnp.int32)
+    q = numbers(0, sequences, 1, HEADS, WIDTH).astype(jnp.bfloat16)
+    kv = numbers(1, sequences, 1, WIDTH).astype(jnp.bfloat16)
+    index_q = numbers(5, sequences, 1, HEADS, KEY).astype(jnp.bfloat16)
+    queries = (index_q, numbers(6, sequences, 1, HEADS)) if ratio == 4 else None
+
+    def write(state: Any, q: Any, kv: Any, streams: Any, queries: Any) -> Any:
+        ring, flushed = state
+        own = tuple(
+            Stream(s.value, s.gate, s.ape, s.weight, *f)
+            for s, f in zip(streams, flushed, strict=True)
+        )
+        written = layer_writes(
+            *(q, kv, jnp.ones(WIDTH, jnp.bfloat16), ring, 0, *place, FREQUENCIES),
+            *(own, 0, table, queries),
+            storage=ENTRY,
+            key_storage=KEYS,
+            eps=EPS,
+            implementation="ffi",
+        )
+        return (written.appended.window, written.flushed), written.appended.q, written.queries
+
+    state = ring, tuple(Flushed(s.tail, s.pool) for s in streams)
+    num_bytes = 2 * q.nbytes + kv.nbytes + sequences * 2 * ENTRY_BYTES
+    num_bytes += sum(s.value.nbytes + s.gate.nbytes + s.tail.nbytes for s in streams)
+    num_bytes += int(1.5 * index_q.nbytes) if queries else 0
+    return {
+        "op": f"layer_writes, ratio {ratio}",
+        "sequences": sequences,
+        "tokens": 1,
+        "us": device_time_us(write, state, q, kv, streams, queries, carried=1),
+        "floor_us": memory_floor_us(num_bytes),
+    }
+
+
 def gather_row(queries: int, entries: int) -> Row:
     """Entries that each of so many queries selects, of a context of 65,536 tokens."""
     num_blocks = 512
@@ -156,6 +198,7 @@ def gather_row(queries: int, entries: int) -> Row:
 def main(quick: bool) -> None:
     rows = [append_row(*shape) for shape in PEER_APPEND]
     rows += [flush_row(ratio, 64, 1, 127) for ratio in (4, 128)]
+    rows += [writes_row(sequences, ratio) for sequences in (1, 64) for ratio in (4, 128)]
     if not quick:
         rows.append(append_row(64, 1, "xla"))
         rows.append(flush_row(4, 64, 1, 127, CSA_LAYERS))

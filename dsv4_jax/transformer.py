@@ -231,8 +231,10 @@ def prefill_step(
         step = StepCache(arrays, Chunk(arrays.lengths[:b], lengths, t))
         views: list[LayerView] = [step.layer(i) for i in range(len(model.layers))]
         streams, _ = model.streams(tokens, views)
-        last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
-        logits = model.logits(jnp.take_along_axis(streams, last, axis=1))
+        if t > 1:
+            last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
+            streams = jnp.take_along_axis(streams, last, axis=1)
+        logits = model.logits(streams)
     return logits[:, 0], step.finish()
 
 

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from dsv4_jax.cache.handle import LayerView
+from dsv4_jax.cache.flush import OVERLAP_RATIO
+from dsv4_jax.cache.handle import LayerView, Prepared
 from dsv4_jax.checkpoint import names
 from dsv4_jax.checkpoint.convert import converted, converted_config
 from dsv4_jax.kernels import Kernels
@@ -15,6 +16,7 @@ from dsv4_jax.layers.indexer import Indexer
 from dsv4_jax.model import Model, assemble
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.topk import topk_select
+from dsv4_jax.ops.valid_lens import compute_valid_lens
 from dsv4_jax.parallel.sharding import param_sharding
 from dsv4_jax.transformer import Transformer
 
@@ -91,12 +93,8 @@ def rebuilt(
 class RandomIndexer(Indexer):
     """Selects among the visible entries at random, the same ones in every run."""
 
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        q_lora: Float[Array, "b t q"],
-        view: LayerView,
-        visible: Bool[Array, "b t n"],
-    ) -> Int[Array, "b t k"]:
+    def __call__(self, prepared: Prepared, view: LayerView) -> Int[Array, "b t k"]:
+        valid = compute_valid_lens(view.chunk.positions, OVERLAP_RATIO)[..., None]
+        visible = jnp.arange(view.num_entries(OVERLAP_RATIO)) < valid
         scores = jax.random.uniform(jax.random.key(0), visible.shape)
         return topk_select(scores.astype(jnp.float32), self.top_k, visible)[1]

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from dsv4_jax.cache.handle import WholeSequence
 from dsv4_jax.config import Config
+from dsv4_jax.layers.compressor import Compressor
+from dsv4_jax.layers.linear import products
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.flush import Gated
 from dsv4_jax.transformer import Transformer
 from tests.oracles.weights import Tensors
 
@@ -85,6 +89,11 @@ def run(module: nnx.Module, function: Any, *args: Any) -> Any:
 def _float32_or_int32(a: Any) -> Any:
     kind = np.asarray(a).dtype.kind
     return {"f": jnp.float32, "i": jnp.int32, "b": jnp.bool_}[kind]
+
+
+def gated(compressor: Compressor, x: Array) -> Gated:
+    """What a compressor makes of hidden states."""
+    return compressor.gated(*products(x, compressor.linears()))
 
 
 def whole_sequence(config: Config, batch: int, num_tokens: int) -> WholeSequence:

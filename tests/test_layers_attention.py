@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsv4_jax.cache import handle
 from dsv4_jax.cache.handle import Chunk, StepCache
 from dsv4_jax.cache.schema import CacheSchema, new_arrays
 from dsv4_jax.config import Config
@@ -157,6 +158,27 @@ def test_chunks_through_a_cache(ratio):
     )
     assert selection is None or selection.margin > 1e-5
     assert_close(np.concatenate(outputs, axis=1)[0], expected, CHAINED)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_batch_invariance_reaches_the_operation(monkeypatch, wanted):
+    asked = []
+
+    def attend(q, *_, batch_invariant, **__):
+        asked.append(batch_invariant)
+        return q
+
+    monkeypatch.setattr(handle, "sparse_attention", attend)
+    config = Config.from_dict(
+        CONFIG | {"num_hidden_layers": 1, "compress_ratios": [0], "num_hash_layers": 0}
+    )
+    numerics = replace(Numerics.EXACT, batch_invariant=wanted)
+    schema = CacheSchema.of(config, numerics, jnp.float32, "dense")
+    arrays = new_arrays(schema, max_sequences=1, num_blocks=3)
+    module = load(Attention(config, 0, numerics), PARAMETERS[0])
+    cache = StepCache(arrays, Chunk(arrays.lengths, jnp.array([1]), 1))
+    module(jnp.asarray(hidden_states(1, 1)), cache.layer(0))
+    assert asked == [wanted]
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1.0, 100.0])

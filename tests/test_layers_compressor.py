@@ -12,7 +12,7 @@ from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.ops.flush import Gated
 from tests.checkpoints import random_config, random_tensors
-from tests.layers import CHAINED, assert_close, load, run, whole_sequence
+from tests.layers import CHAINED, assert_close, gated, load, run, whole_sequence
 from tests.oracles import compressor as oracle
 from tests.oracles import indexer
 from tests.oracles.weights import below, float64
@@ -52,11 +52,11 @@ def append_and_read(pool):
         frequencies = Rotary.of_layer(config, RATIO[pool]).frequencies()
         rest = frequencies, x.dtype, config.rms_norm_eps
         if pool == "hca":
-            view.flush_hca(module(x), *rest)
+            view.flush_hca(gated(module, x), *rest)
         elif pool == "csa":
-            view.flush_csa(module(x), nothing(x, "csa_keys"), *rest)
+            view.flush_csa(gated(module, x), nothing(x, "csa_keys"), *rest)
         else:
-            view.flush_csa(nothing(x, "csa"), module(x), *rest)
+            view.flush_csa(nothing(x, "csa"), gated(module, x), *rest)
         return view.entries(pool, jnp.float32)
 
     return call

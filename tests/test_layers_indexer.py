@@ -2,14 +2,18 @@
 
 from functools import cache
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv4_jax.config import Config
 from dsv4_jax.layers.indexer import Indexer
+from dsv4_jax.layers.linear import products
+from dsv4_jax.layers.rotary import Rotary
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.ops.indexer_queries import rotated_queries
 from tests.checkpoints import random_config, random_tensors
-from tests.layers import CHAINED, assert_close, load, run, whole_sequence
+from tests.layers import CHAINED, assert_close, gated, load, run, whole_sequence
 from tests.oracles import indexer as oracle
 from tests.oracles.weights import below, float64
 
@@ -28,11 +32,14 @@ def inputs(num_tokens, seed=0, std=1.0):
 def compress_and_select(config):
     def call(module, x, q_lora):
         view = whole_sequence(config, *x.shape[:2])
-        keys = module.compressor(x)
-        view.flush_csa(keys, keys, module.rotary.frequencies(), x.dtype, config.rms_norm_eps)
-        complete = (view.chunk.positions + 1) // 4
-        visible = np.arange(view.num_entries("csa_keys")) < complete[..., None]
-        return module(x, q_lora, view, visible)
+        keys = gated(module.compressor, x)
+        projected = module.queries(module.wq_b(q_lora), *products(x, module.linears()))
+        nothing = jnp.zeros((*x.shape[:2], config.head_dim))
+        window = nothing[:, :, None], nothing, jnp.ones(config.head_dim)
+        frequencies = Rotary.of_layer(config, 4).frequencies()
+        streams = keys, keys
+        _, prepared = view.write(*window, frequencies, config.rms_norm_eps, streams, projected)
+        return module(prepared, view)
 
     return call
 
@@ -63,11 +70,17 @@ def test_selection(num_tokens):
     check(*inputs(num_tokens))
 
 
+def queries(module, q_lora, positions):
+    q = module.wq_b(q_lora).reshape(*q_lora.shape[:2], module.num_heads, module.head_dim)
+    frequencies = Rotary.of_layer(Config.from_dict(CONFIG), 4).frequencies()
+    return rotated_queries(q, positions, frequencies, quantize=False)
+
+
 def test_queries():
     _, q_lora = inputs(70)
     module = load(Indexer(Config.from_dict(CONFIG), 4, Numerics.EXACT), W)
     positions = np.tile(np.arange(70), (2, 1))
-    q = run(module, Indexer.queries, q_lora, positions)
+    q = run(module, queries, q_lora, positions)
     for row in range(2):
         expected = oracle.queries(q_lora[row].astype(np.float64), float64(W), CONFIG)
         assert_close(q[row], expected, CHAINED)

@@ -123,24 +123,28 @@ def taught(graph, arrays, tokens, dense):
     """What the CSA layer's teacher sees and selects in a forward pass."""
     model = nnx.merge(graph, unflatten(arrays))
     attention = model.layers[0].attn
-    teacher = teaching.TaughtIndexer(attention, dense, jnp.zeros(()))
     seen = []
 
-    class Spy:
-        top_k = 0
-        compressor = staticmethod(teacher.compressor)
+    class Spy(teaching.TaughtIndexer):
+        def linears(self):
+            linears = self.indexer.linears()
+            return [(teaching.Detached(linear, self.see), dtype) for linear, dtype in linears]
 
-        def __call__(self, x, q_lora, view, visible):
+        def see(self, x):
+            self.x = x
+
+        def __call__(self, prepared, view):
             positions = view.chunk.positions
-            q = attention.wq_b(q_lora).reshape(*x.shape[:2], -1, attention.head_dim)
+            visible = jnp.arange(view.num_entries(4)) < (positions[..., None] + 1) // 4
+            q = attention.wq_b(self.q_lora).reshape(*tokens.shape, -1, attention.head_dim)
             q = attention.rotary(rms_normalize(q, attention.eps), positions)
-            kv = attention.rotary(attention.kv_norm(attention.wkv(x)), positions)
+            kv = attention.rotary(attention.kv_norm(attention.wkv(self.x)), positions)
             seen.append((q, kv, view.entries("csa", jnp.float32), attention.sink[...], visible))
-            seen.append(teacher.attention_mass(x, q_lora, view, visible))
-            seen.append(teacher(x, q_lora, view, visible))
+            seen.append(self.attention_mass(view, visible))
+            seen.append(super().__call__(prepared, view))
             return seen[-1]
 
-    attention.indexer = Spy()
+    attention.indexer = Spy(attention, dense, jnp.zeros(()))
     model.streams(tokens, [model.whole_sequence(*tokens.shape) for _ in model.layers])
     return seen
 

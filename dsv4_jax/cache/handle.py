@@ -7,7 +7,7 @@ the chunk starts at position 0 and is all there is.
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,19 +23,26 @@ from dsv4_jax.cache.flush import (
     pool_overlapping,
     weighted_mean,
 )
+from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.cache.schema import CacheArrays, CacheSchema, PoolName
-from dsv4_jax.cache.storage import Planes
+from dsv4_jax.cache.storage import KeyRecord, Planes
 from dsv4_jax.formats.hadamard import hadamard
-from dsv4_jax.ops.append_swa import append_swa
+from dsv4_jax.ops.append_swa import Appended, append_swa
 from dsv4_jax.ops.attention import Source, attention, selected_source
-from dsv4_jax.ops.flush import Gated, Stream, finish_entries, flush_csa, flush_hca, gated_rows
+from dsv4_jax.ops.cache_planes import KEY_DIM, ROPE_DIM
+from dsv4_jax.ops.flush import Gated, Stream, finish_entries, gated_rows
 from dsv4_jax.ops.indexer import indexer_topk, paged_indexer_topk
+from dsv4_jax.ops.indexer_queries import rotated_queries
+from dsv4_jax.ops.layer_writes import layer_writes
 from dsv4_jax.ops.norms import rms_norm, rms_normalize
 from dsv4_jax.ops.rotary import rotate
 from dsv4_jax.ops.sparse_attention import Entries, sparse_attention
 from dsv4_jax.ops.valid_lens import compute_valid_lens
 
 Frequencies = Float32[np.ndarray, "pairs"]
+
+# Which array holds what waits for a pool.
+_TAILS: dict[PoolName, str] = {"csa": "csa_tail", "csa_keys": "key_tail", "hca": "hca_tail"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,36 @@ class Chunk:
     def valid(self) -> Bool[Array, "b t"]:
         return jnp.arange(self.num_tokens) < self.length[:, None]
 
+    def complete(self, ratio: int) -> Int[Array, "b t"]:
+        """How many entries of `ratio` tokens each token sees; 0 for those that do not count."""
+        return jnp.where(self.valid, compute_valid_lens(self.positions, ratio), 0)
+
     def completed(self, ratio: int) -> Completed:
         return Completed.by(self.start, self.length, self.num_tokens, ratio)
+
+
+class Projected(NamedTuple):
+    """What the indexer's projections give.
+
+    Attributes:
+        q: queries.
+        weights: of each head.
+        scale: factor of the weights.
+        quantize: queries are to be rounded to MXFP4.
+    """
+
+    q: Float[Array, "b t h c"]
+    weights: Float32[Array, "b t h"]
+    scale: float
+    quantize: bool
+
+
+class Prepared(NamedTuple):
+    """Queries and weights with which `ops.indexer` scores keys, and whether MXFP4 holds these."""
+
+    q: Float[Array, "b t h c"]
+    weights: Float32[Array, "b t h"]
+    is_mxfp4: bool
 
 
 @runtime_checkable
@@ -70,42 +105,31 @@ class LayerView(Protocol):
 
     chunk: Chunk
 
-    def append_swa(
+    def write(
         self,
         q: Float[Array, "b t h c"],
         kv: Float[Array, "b t c"],
         weight: Float[Array, "c"],
         frequencies: Frequencies,
         eps: float,
-    ) -> Float[Array, "b t h c"]:
-        """Remembers the chunk's window entries; queries come back normalised and rotated."""
+        streams: tuple[Gated, ...],
+        projected: Projected | None,
+    ) -> tuple[Float[Array, "b t h c"], Prepared | None]:
+        """Remembers the chunk.
+
+        That is its window entries (`kv`, normalised by `weight`) and what it adds to the streams:
+        entries and keys of a CSA layer, entries of an HCA layer, none of others. What they
+        complete is stored, the rest waits in the tails. Queries come back normalised and rotated,
+        those of the indexer ready to score keys.
+        """
         ...
 
-    def flush_csa(
-        self, entries: Gated, keys: Gated, frequencies: Frequencies, dtype: DTypeLike, eps: float
-    ) -> None:
-        """Folds the chunk into the tails and stores the entries and keys that it completes."""
+    def num_entries(self, ratio: int) -> int:
+        """An upper bound of the ids of entries of `ratio` tokens."""
         ...
 
-    def flush_hca(
-        self, entries: Gated, frequencies: Frequencies, dtype: DTypeLike, eps: float
-    ) -> None:
-        """As `flush_csa`, for entries of an HCA layer."""
-        ...
-
-    def num_entries(self, pool: PoolName) -> int:
-        """An upper bound of the ids of entries."""
-        ...
-
-    def top_entries(
-        self,
-        q: Float[Array, "b t h c"],
-        weights: Float[Array, "b t h"],
-        visible: Bool[Array, "b t n"],
-        top_k: int,
-        mxfp4_queries: bool,
-    ) -> Int[Array, "b t k"]:
-        """Ids of the top_k visible entries by `ops.indexer.indexer_scores`, -1 padded."""
+    def top_entries(self, queries: Prepared, top_k: int) -> Int[Array, "b t k"]:
+        """Ids of the top_k entries by `ops.indexer.indexer_scores`, -1 padded."""
         ...
 
     def attend(
@@ -116,13 +140,24 @@ class LayerView(Protocol):
         scale: float,
         ratio: int,
         ids: Int[Array, "b t k"] | None,
+        *,
+        batch_invariant: bool = False,
     ) -> Float[Array, "b t h c"]:
         """`ops.attention.attention` over the window and, where `ratio` is not 0, entries.
 
         These are the ones at `ids` or, if it is None, all that are complete. The output is
-        rotated back by the query's position.
+        rotated back by the query's position. `batch_invariant` is that of `sparse_attention`.
         """
         ...
+
+
+def _prepared(
+    projected: Projected, positions: Int[Array, "b t"], frequencies: Frequencies
+) -> Prepared:
+    q, weights, scale, quantize = projected
+    return Prepared(
+        rotated_queries(q, positions, frequencies, quantize), weights * scale, is_mxfp4=quantize
+    )
 
 
 def _in_window(query: Array, key: Array, window: int) -> Array:
@@ -163,100 +198,96 @@ class LayerCache:
         self.index = index
         self.pool_index = step.schema.pool_index(index)
 
-    def append_swa(
+    def write(
         self,
         q: Float[Array, "b t h c"],
         kv: Float[Array, "b t c"],
         weight: Float[Array, "c"],
         frequencies: Frequencies,
         eps: float,
-    ) -> Float[Array, "b t h c"]:
+        streams: tuple[Gated, ...],
+        projected: Projected | None,
+    ) -> tuple[Float[Array, "b t h c"], Prepared | None]:
         arrays, schema = self.step.arrays, self.step.schema
         # Where the ring can take the chunk and still hold what the first token needs, as for
         # every single token, it is read as written: a read of the old one beside the write
         # would cost a copy of it.
         fits = arrays.window[0].shape[2] >= schema.window + q.shape[1] - 1
-        appended = append_swa(
-            q,
-            kv,
-            weight,
-            arrays.window,
-            self.index,
-            self.chunk.start,
-            self.chunk.length,
-            frequencies,
-            storage=schema.entries,
-            eps=eps,
-            with_chunk=not fits,
-        )
+        appending: dict[str, Any] = {
+            "q": q,
+            "kv": kv,
+            "weight": weight,
+            "window": arrays.window,
+            "layer": self.index,
+            "start": self.chunk.start,
+            "length": self.chunk.length,
+            "frequencies": frequencies,
+            "storage": schema.entries,
+            "eps": eps,
+            "with_chunk": not fits,
+        }
+        prepared = None
+        if streams:
+            appended, prepared = self._write_all(appending, streams, projected)
+        else:
+            appended = append_swa(**appending)
         self.step.store("window", appended.window)
         self._ring = appended.window if fits else tuple(x[None] for x in appended.before)
         self._ring_layer = self.index if fits else 0
         self._new = None if fits else appended.new
-        return appended.q
+        return appended.q, prepared
 
-    def flush_csa(
-        self, entries: Gated, keys: Gated, frequencies: Frequencies, dtype: DTypeLike, eps: float
-    ) -> None:
-        arrays, schema = self.step.arrays, self.step.schema
-        flushed, flushed_keys = flush_csa(
-            Stream(*entries, arrays.csa_tail, arrays.csa),
-            Stream(*keys, arrays.key_tail, arrays.csa_keys),
-            self.pool_index,
-            self.step.block_table,
-            self.chunk.start,
-            self.chunk.length,
-            frequencies,
-            storage=schema.entries,
-            key_storage=schema.keys,
-            dtype=dtype,
-            eps=eps,
+    def _write_all(
+        self, appending: dict[str, Any], streams: tuple[Gated, ...], projected: Projected | None
+    ) -> tuple[Appended, Prepared | None]:
+        """Appends and flushes; `appending` are arguments of `append_swa`."""
+        arrays, frequencies = self.step.arrays, appending["frequencies"]
+        pools: tuple[PoolName, ...] = ("csa", "csa_keys") if len(streams) == 2 else ("hca",)
+        held = [(getattr(arrays, _TAILS[pool]), getattr(arrays, pool)) for pool in pools]
+        coded = projected if projected and self._codes(projected, frequencies) else None
+        appended, flushed, queries = layer_writes(
+            **appending,
+            streams=tuple(
+                Stream(*gated, *state) for gated, state in zip(streams, held, strict=True)
+            ),
+            pool_layer=self.pool_index,
+            block_table=self.step.block_table,
+            queries=coded and (coded.q, coded.weights),
+            key_storage=self.step.schema.keys,
+            query_scale=coded.scale if coded else 1.0,
         )
-        self.step.store("csa_tail", flushed.tail)
-        self.step.store("csa", flushed.pool)
-        self.step.store("key_tail", flushed_keys.tail)
-        self.step.store("csa_keys", flushed_keys.pool)
+        for pool, stream in zip(pools, flushed, strict=True):
+            self.step.store(_TAILS[pool], stream.tail)
+            self.step.store(pool, stream.pool)
+        if queries is not None:
+            return appended, Prepared(*queries, is_mxfp4=False)
+        if projected is None:
+            return appended, None
+        return appended, _prepared(projected, self.chunk.positions, frequencies)
 
-    def flush_hca(
-        self, entries: Gated, frequencies: Frequencies, dtype: DTypeLike, eps: float
-    ) -> None:
-        arrays = self.step.arrays
-        flushed = flush_hca(
-            Stream(*entries, arrays.hca_tail, arrays.hca),
-            self.pool_index,
-            self.step.block_table,
-            self.chunk.start,
-            self.chunk.length,
-            frequencies,
-            storage=self.step.schema.entries,
-            dtype=dtype,
-            eps=eps,
+    def _codes(self, projected: Projected, frequencies: Frequencies) -> bool:
+        """Whether queries become E4M3, in which kernels take them."""
+        return (
+            projected.quantize
+            and projected.q.dtype == jnp.bfloat16
+            and (projected.q.shape[-1], 2 * len(frequencies)) == (KEY_DIM, ROPE_DIM)
+            and isinstance(self.step.schema.keys, KeyRecord)
         )
-        self.step.store("hca_tail", flushed.tail)
-        self.step.store("hca", flushed.pool)
 
-    def num_entries(self, pool: PoolName) -> int:
-        return self.step.block_table.shape[1] * getattr(self.step.arrays, pool)[0].shape[2]
+    def num_entries(self, ratio: int) -> int:
+        return self.step.block_table.shape[1] * BLOCK_TOKENS // ratio
 
-    def top_entries(
-        self,
-        q: Float[Array, "b t h c"],
-        weights: Float[Array, "b t h"],
-        visible: Bool[Array, "b t n"],
-        top_k: int,
-        mxfp4_queries: bool,
-    ) -> Int[Array, "b t k"]:
+    def top_entries(self, queries: Prepared, top_k: int) -> Int[Array, "b t k"]:
         """Reads the keys where they lie; rows of tokens that do not count give anything."""
-        complete = compute_valid_lens(self.chunk.positions, OVERLAP_RATIO)
         return paged_indexer_topk(
-            q,
-            weights,
+            queries.q,
+            queries.weights,
             self.step.arrays.csa_keys,
             self.pool_index,
             self.step.block_table,
-            jnp.where(self.chunk.valid, complete, 0),
+            self.chunk.complete(OVERLAP_RATIO),
             top_k,
-            mxfp4_queries=mxfp4_queries,
+            mxfp4_queries=queries.is_mxfp4,
         )
 
     def attend(
@@ -267,6 +298,8 @@ class LayerCache:
         scale: float,
         ratio: int,
         ids: Int[Array, "b t k"] | None,
+        *,
+        batch_invariant: bool = False,
     ) -> Float[Array, "b t h c"]:
         entries = None
         if ratio:
@@ -287,6 +320,7 @@ class LayerCache:
             layer=self._ring_layer,
             pool_layer=self.pool_index if ratio else 0,
             ratio=ratio,
+            batch_invariant=batch_invariant,
         )
 
 
@@ -301,18 +335,25 @@ class WholeSequence:
         self.chunk = chunk
         self._planes: dict[str, Planes] = {}
 
-    def append_swa(
+    def write(
         self,
         q: Float[Array, "b t h c"],
         kv: Float[Array, "b t c"],
         weight: Float[Array, "c"],
         frequencies: Frequencies,
         eps: float,
-    ) -> Float[Array, "b t h c"]:
+        streams: tuple[Gated, ...],
+        projected: Projected | None,
+    ) -> tuple[Float[Array, "b t h c"], Prepared | None]:
         positions = self.chunk.positions
         kv = rotate(rms_norm(kv, weight, eps), positions, frequencies)
         self._planes["window"] = self.schema.entries.encode(kv)
-        return rotate(rms_normalize(q, eps), positions, frequencies)
+        if len(streams) == 2:
+            self.flush_csa(streams[0], streams[1], frequencies, q.dtype, eps)
+        elif streams:
+            self.flush_hca(streams[0], frequencies, q.dtype, eps)
+        prepared = projected and _prepared(projected, positions, frequencies)
+        return rotate(rms_normalize(q, eps), positions, frequencies), prepared
 
     def flush_csa(
         self, entries: Gated, keys: Gated, frequencies: Frequencies, dtype: DTypeLike, eps: float
@@ -354,8 +395,8 @@ class WholeSequence:
         entries = hadamard(entries) if pool == "csa_keys" else entries
         self._planes[pool] = self.schema.storage(pool).encode(entries)
 
-    def num_entries(self, pool: PoolName) -> int:
-        return self._planes[pool][0].shape[1]
+    def num_entries(self, ratio: int) -> int:
+        return self.chunk.completed(ratio).bound
 
     def entries(
         self, pool: PoolName, dtype: DTypeLike, ids: Int[Array, "b *n"] | None = None
@@ -370,15 +411,11 @@ class WholeSequence:
             )
         return self.schema.storage(pool).decode(found, dtype)
 
-    def top_entries(
-        self,
-        q: Float[Array, "b t h c"],
-        weights: Float[Array, "b t h"],
-        visible: Bool[Array, "b t n"],
-        top_k: int,
-        mxfp4_queries: bool,
-    ) -> Int[Array, "b t k"]:
-        return indexer_topk(q, self.entries("csa_keys", q.dtype), weights, visible, top_k)
+    def top_entries(self, queries: Prepared, top_k: int) -> Int[Array, "b t k"]:
+        valid = compute_valid_lens(self.chunk.positions, OVERLAP_RATIO)[..., None]
+        visible = jnp.arange(self.num_entries(OVERLAP_RATIO)) < valid
+        keys = self.entries("csa_keys", queries.q.dtype)
+        return indexer_topk(queries.q, keys, queries.weights, visible, top_k)
 
     def attend(
         self,
@@ -388,11 +425,14 @@ class WholeSequence:
         scale: float,
         ratio: int,
         ids: Int[Array, "b t k"] | None,
+        *,
+        batch_invariant: bool = False,
     ) -> Float[Array, "b t h c"]:
+        del batch_invariant  # a property of the kernels
         sources = [self.window(q.dtype)]
         if ratio:
             pool: PoolName = "csa" if ratio == OVERLAP_RATIO else "hca"
-            num_entries = self.num_entries(pool)
+            num_entries = self.num_entries(ratio)
             if ids is None:
                 valid = compute_valid_lens(self.chunk.positions, ratio)[..., None]
                 kv = self.entries(pool, q.dtype)[:, None]

@@ -5,10 +5,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv4_jax.config import Config
-from dsv4_jax.layers.linear import Linear
+from dsv4_jax.layers.linear import Linear, products
 from dsv4_jax.layers.router import Router
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.experts import clamped_swiglu, experts_in_tiles, routed_experts
+from dsv4_jax.ops.experts import (
+    Weights,
+    clamped_swiglu,
+    experts_in_tiles,
+    experts_with_shared,
+    routed_experts,
+)
+
+
+def _tiled(expert: "SharedExpert | RoutedExperts") -> Weights:
+    w1, w3, w2 = (w.blocks.get_value() for w in (expert.w1, expert.w3, expert.w2))
+    return w1, w3, w2
 
 
 class SharedExpert(nnx.Module):
@@ -23,7 +34,8 @@ class SharedExpert(nnx.Module):
 
     @jax.named_scope("shared expert")
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return self.w2(clamped_swiglu(self.w1(x), self.w3(x), self.limit).astype(x.dtype))
+        gate, up = products(x, [(self.w1, None), (self.w3, None)])
+        return self.w2(clamped_swiglu(gate, up, self.limit).astype(x.dtype))
 
 
 class RoutedExperts(nnx.Module):
@@ -51,15 +63,12 @@ class RoutedExperts(nnx.Module):
         The routing weight multiplies before w2.
         """
         if self.w1.is_tiled:
-            w1, w3, w2 = (linear.blocks.get_value() for linear in (self.w1, self.w3, self.w2))
             return routed_experts(
                 x,
                 weights,
                 expert_ids,
                 valid,
-                w1,
-                w3,
-                w2,
+                *_tiled(self),
                 limit=self.limit,
                 round_input=self.w1.rounds_input,
             )
@@ -90,8 +99,24 @@ class MoE(nnx.Module):
         weights, ids = self.gate(x, token_ids)
         b, t, d = x.shape
         k = ids.shape[-1]
-        routed = self.experts(
-            x.reshape(b * t, d), weights.reshape(-1, k), ids.reshape(-1, k), valid.reshape(-1)
-        )
-        y = routed.reshape(b, t, d) + self.shared_experts(x).astype(routed.dtype)
-        return y.astype(x.dtype), weights, ids
+        rows = x.reshape(b * t, d)
+        routes = weights.reshape(-1, k), ids.reshape(-1, k), valid.reshape(-1)
+        routed, shared = self.experts, self.shared_experts
+        if (
+            routed.w1.is_tiled
+            and shared.w1.is_tiled
+            and routed.w1.rounds_input == shared.w1.rounds_input
+        ):
+            with jax.named_scope("routed experts"):
+                y = experts_with_shared(
+                    rows,
+                    *routes,
+                    _tiled(routed),
+                    _tiled(shared),
+                    limit=routed.limit,
+                    round_input=routed.w1.rounds_input,
+                )
+        else:
+            sums = routed(rows, *routes)
+            y = sums + shared(rows).astype(sums.dtype)
+        return y.reshape(b, t, d).astype(x.dtype), weights, ids

@@ -1,6 +1,6 @@
 """One linear layer for every weight format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -13,7 +13,7 @@ from dsv4_jax.formats import fp8_block, mxfp4, nvfp4, tiled
 from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.parameter import parameter
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.ops.gemm import gemm, grouped_gemm
+from dsv4_jax.ops.gemm import Segment, grouped_gemm, projections
 from dsv4_jax.ops.nvfp4_gemm import nvfp4_gemm, nvfp4_grouped_gemm
 from dsv4_jax.ops.product import product
 from dsv4_jax.ops.quantize import nvfp4_quantize
@@ -189,8 +189,7 @@ class Linear(nnx.Module):
         """
         out_dtype = jnp.dtype(out_dtype or x.dtype)
         if self.is_tiled:
-            blocks = self.blocks.get_value()
-            return gemm(x, blocks, round_input=self.rounds_input, out_dtype=out_dtype)
+            return projections(x, [self._segment(out_dtype)])[0]
         if self.is_swizzled:
             y = nvfp4_gemm(self._tokens(x), self._swizzled())
             return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
@@ -221,9 +220,25 @@ class Linear(nnx.Module):
         w = self.decoded(x.dtype).reshape(num_groups, -1, width)
         return product("...gi,goi->...go", x, w).astype(x.dtype).reshape(*batch, -1)
 
+    def _segment(self, out_dtype: DTypeLike | None) -> Segment:
+        return Segment(self.blocks.get_value(), self.rounds_input, out_dtype)
+
     @staticmethod
     def _tokens(x: Float[Array, "*batch i"]) -> tuple[Array, Array, Array]:
         return nvfp4_quantize(x.reshape(-1, x.shape[-1]))
 
     def _swizzled(self) -> tuple[Array, Array, Array]:
         return self.weight[...], self.scale[...], self.scale_2[...]
+
+
+def products(
+    x: Float[Array, "*batch i"], linears: Sequence[tuple[Linear, DTypeLike | None]]
+) -> list[Array]:
+    """What each linear makes of x, in the dtype beside it (None: x's).
+
+    Those that kernels run take one launch together.
+    """
+    tiled_ones = [(linear, dtype) for linear, dtype in linears if linear.is_tiled]
+    segments = [linear._segment(dtype) for linear, dtype in tiled_ones]
+    outputs = iter(projections(x, segments) if segments else ())
+    return [next(outputs) if linear.is_tiled else linear(x, dtype) for linear, dtype in linears]

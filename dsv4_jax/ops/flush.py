@@ -29,7 +29,7 @@ from dsv4_jax.ops.norms import rms_norm
 from dsv4_jax.ops.rotary import rotate
 
 # The kernel's ratio of HCA layers.
-_RUNNING_RATIO = 128
+RUNNING_RATIO = 128
 
 Pool = tuple[Shaped[Array, "layers blocks entries _"], ...]
 
@@ -271,8 +271,8 @@ def _ffi_hca(
     eps: float,
 ) -> Flushed:
     check_entries("flush_hca", storage, dtype)
-    if entries.ape.shape[0] != _RUNNING_RATIO:
-        raise NotImplementedError(f"flush_hca: the kernel's ratio is {_RUNNING_RATIO}")
+    if entries.ape.shape[0] != RUNNING_RATIO:
+        raise NotImplementedError(f"flush_hca: the kernel's ratio is {RUNNING_RATIO}")
     shared = (block_table, start, length, frequencies)
     return _call("flush_hca", [entries], shared, layer, eps)[0]
 

@@ -197,7 +197,10 @@ def _xla_scores(
     mxfp4_queries: bool,
 ) -> Array:
     del lengths, min_length, mxfp4_queries
-    dtype = jnp.float32 if q.dtype == jnp.float8_e4m3fn else q.dtype
+    dtype = q.dtype
+    if dtype == jnp.float8_e4m3fn:
+        # In which codes and MXFP4 keys are exact.
+        dtype = jnp.dtype(jnp.bfloat16 if pool[-1].dtype == jnp.uint8 else jnp.float32)
     blocks = jnp.maximum(block_table, 0)
     planes = (plane[layer, blocks] for plane in pool)
     found = tuple(plane.reshape(blocks.shape[0], -1, plane.shape[-1]) for plane in planes)

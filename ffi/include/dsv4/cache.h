@@ -67,6 +67,22 @@ DSV4_HOST_DEVICE uint32_t KeyCode(float x, uint32_t scale) {
   return EncodeE2m1(magnitude < kSmallestNormal ? 0.0f * x : x, DecodeE8m0(scale));
 }
 
+inline std::vector<ffi::AnyBuffer> Buffers(const ffi::RemainingArgs& arguments) {
+  std::vector<ffi::AnyBuffer> found;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    found.push_back(arguments.get<ffi::AnyBuffer>(i).value());
+  }
+  return found;
+}
+
+inline std::vector<ffi::AnyBuffer> Buffers(const ffi::RemainingRets& results) {
+  std::vector<ffi::AnyBuffer> found;
+  for (size_t i = 0; i < results.size(); ++i) {
+    found.push_back(*results.get<ffi::AnyBuffer>(i).value());
+  }
+  return found;
+}
+
 // The format and pointers of the planes of entries of `width` channels, whose first axes are
 // `prefix`: one plane, or two.
 inline ffi::Error CheckPlanes(const std::string& name, const std::vector<ffi::AnyBuffer>& planes,

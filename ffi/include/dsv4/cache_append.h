@@ -27,9 +27,9 @@ struct AppendCall {
 
 inline ffi::Error CheckAppend(ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::AnyBuffer weight,
                               ffi::AnyBuffer start, ffi::AnyBuffer length,
-                              ffi::AnyBuffer frequencies, ffi::RemainingArgs planes,
-                              ffi::AnyBuffer rotated_q, ffi::RemainingRets results, int64_t layer,
-                              float eps, AppendCall* call) {
+                              ffi::AnyBuffer frequencies, size_t num_planes,
+                              ffi::AnyBuffer rotated_q, const std::vector<ffi::AnyBuffer>& results,
+                              int64_t layer, float eps, AppendCall* call) {
   using ffi::DataType;
   DSV4_CHECK(Expect("q", q, DataType::BF16, {kAnySize, kAnySize, kAnySize, kHeadDim}));
   const int64_t b = q.dimensions()[0], t = q.dimensions()[1], h = q.dimensions()[2];
@@ -39,18 +39,14 @@ inline ffi::Error CheckAppend(ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::AnyBuffe
   DSV4_CHECK(Expect("length", length, DataType::S32, {b}));
   DSV4_CHECK(Expect("frequencies", frequencies, DataType::F32, {kRopePairs}));
   DSV4_CHECK(Expect("rotated q", rotated_q, DataType::BF16, {b, t, h, kHeadDim}));
-  const size_t num_planes = planes.size();
   call->with_chunk = results.size() == 3 * num_planes;
   if (results.size() != num_planes && !call->with_chunk) {
     return Invalid("results", std::to_string(results.size()) + " planes",
                    std::to_string(num_planes) + ", once or three times");
   }
   auto range = [&](size_t first) {
-    std::vector<ffi::AnyBuffer> found;
-    for (size_t i = first; i < first + num_planes; ++i) {
-      found.push_back(*results.get<ffi::AnyBuffer>(i).value());
-    }
-    return found;
+    const auto begin = results.begin() + first;
+    return std::vector<ffi::AnyBuffer>(begin, begin + num_planes);
   };
   const std::vector<ffi::AnyBuffer> ring = range(0);
   DSV4_CHECK(CheckPlanes("window", ring, {kAnySize, kAnySize, kAnySize}, kHeadDim, &call->ring));

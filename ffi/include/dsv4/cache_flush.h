@@ -41,9 +41,9 @@ struct FlushCall {
 
 inline ffi::Error CheckFlush(ffi::AnyBuffer block_table, ffi::AnyBuffer start,
                              ffi::AnyBuffer length, ffi::AnyBuffer frequencies,
-                             ffi::RemainingArgs operands, ffi::RemainingRets results,
-                             int64_t layer, float eps, std::vector<int> widths, bool overlapping,
-                             FlushCall* call) {
+                             const std::vector<ffi::AnyBuffer>& operands,
+                             const std::vector<ffi::AnyBuffer>& results, int64_t layer, float eps,
+                             std::vector<int> widths, bool overlapping, FlushCall* call) {
   using ffi::DataType;
   DSV4_CHECK(Expect("block_table", block_table, DataType::S32, {kAnySize, kAnySize}));
   const int64_t b = block_table.dimensions()[0];
@@ -61,10 +61,8 @@ inline ffi::Error CheckFlush(ffi::AnyBuffer block_table, ffi::AnyBuffer start,
   for (size_t i = 0; i < widths.size(); ++i) {
     FlushStream& stream = call->streams[i];
     const int64_t width = widths[i], channels = overlapping ? 2 * width : width;
-    auto operand = [&](size_t j) {
-      return operands.get<ffi::AnyBuffer>(i * (4 + num_states) + j).value();
-    };
-    auto state = [&](size_t j) { return *results.get<ffi::AnyBuffer>(i * num_states + j).value(); };
+    auto operand = [&](size_t j) { return operands[i * (4 + num_states) + j]; };
+    auto state = [&](size_t j) { return results[i * num_states + j]; };
     const ffi::AnyBuffer value = operand(0), gate = operand(1), ape = operand(2), tail = state(0);
     DSV4_CHECK(Expect("value", value, DataType::F32, {b, kAnySize, channels}));
     const int64_t t = value.dimensions()[1];
