@@ -13,6 +13,7 @@ if not _jax.__version_info__ >= _OLDEST or _jax.__version_info__[:2] > _NEWEST:
 from dsv4_jax.cache.allocator import OutOfBlocksError
 from dsv4_jax.cache.manager import Cache, CacheUnusableError, OutOfSlotsError
 from dsv4_jax.checkpoint.errors import CheckpointError
+from dsv4_jax.compilation import compiler_options
 from dsv4_jax.config import Config
 from dsv4_jax.kernels import Kernels
 from dsv4_jax.model import Model, load
@@ -37,6 +38,7 @@ __all__ = [
     "Numerics",
     "OutOfBlocksError",
     "OutOfSlotsError",
+    "compiler_options",
     "decode_step",
     "draft_logits",
     "forward",

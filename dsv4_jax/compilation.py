@@ -2,32 +2,60 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-# Every kind of work that a step consists of, so that a step is launched as few graphs. Loops stay
-# on the host: their bodies are graphs.
-_COMMAND_BUFFER = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION"
+# Every kind of work that a loop of steps consists of, the loop itself too: one graph for all steps.
+_COMMAND_BUFFER = "CONDITIONAL,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,FUSION,WHILE"
 
 
 def compiler_options() -> dict[str, str | int]:
-    """Options for `jax.jit(..., compiler_options=)` under which decode steps become CUDA graphs.
+    """Options for `jax.jit(..., compiler_options=)` under which steps become CUDA graphs.
 
-    `dsv4 bench` compiles with them; the library's other programs have XLA's defaults. Empty where
-    JAX's default device is no NVIDIA GPU.
+    The library's own programs have them; a program of yours that contains a step should too.
+    Empty where JAX's default device is no NVIDIA GPU.
     """
     if jax.default_backend() != "gpu":
         return {}
-    return {"xla_gpu_enable_command_buffer": _COMMAND_BUFFER, "xla_gpu_graph_min_graph_size": 1}
+    return {
+        "xla_gpu_enable_command_buffer": _COMMAND_BUFFER,
+        "xla_gpu_graph_min_graph_size": 1,
+        # Kernels that do not wait for each other run side by side.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
 
 
 def without_graphs() -> dict[str, str | int]:
     """Options under which nothing becomes a CUDA graph, for profiles by instruction."""
     return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+
+
+class Program:
+    """`jax.jit(function, **options)` with `compiler_options()`.
+
+    These are asked for at the first call, not before: they start JAX's backend, which a program
+    that imports this library may still want to configure.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._function, self._options = function, options
+
+    @cached_property
+    def _jitted(self) -> Any:
+        return jax.jit(self._function, compiler_options=compiler_options(), **self._options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def num_compiled(self) -> int:
+        """For how many shapes and models it was compiled."""
+        return self._jitted._cache_size()
 
 
 def cache_directory() -> Path:

@@ -1,7 +1,10 @@
 """`Model`: a checkpoint with its tokenizer, and the checked way to run it."""
 
-from collections.abc import Iterator, Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,18 @@ from jaxtyping import Array, Float
 from dsv4_jax.cache.manager import Cache
 from dsv4_jax.cache.paged import BLOCK_TOKENS
 from dsv4_jax.cache.schema import CacheSchema, new_arrays
+from dsv4_jax.checkpoint.plan import Leaf
 from dsv4_jax.checkpoint.read import read
 from dsv4_jax.checkpoint.write import write
+from dsv4_jax.compilation import Program
 from dsv4_jax.config import Config
 from dsv4_jax.kernels import Kernels
 from dsv4_jax.layers.linear import Linear
+from dsv4_jax.layers.norms import RMSNorm
 from dsv4_jax.layers.router import Router
+from dsv4_jax.memory import check_room, tree_bytes
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.parallel.sharding import check_mesh, param_sharding
+from dsv4_jax.parallel.sharding import AXIS, check_mesh, param_sharding
 from dsv4_jax.text.tokenizer import Tokenizer
 from dsv4_jax.transformer import Capture, Transformer, decode_step, forward, prefill_step
 
@@ -31,9 +38,9 @@ MINI_DIRECTORY = Path(__file__).parent / "mini"
 # Widths that prompts are cut into, so that few programs serve any length.
 CHUNK_SIZES = (16, 256)
 
-_forward = jax.jit(forward, static_argnames="capture")
-_prefill_step = jax.jit(prefill_step, donate_argnums=2)
-_decode_step = jax.jit(decode_step, donate_argnums=2)
+_forward = Program(forward, static_argnames="capture")
+_prefill_step = Program(prefill_step, donate_argnums=2)
+_decode_step = Program(decode_step, donate_argnums=2)
 
 
 def _refuse_tracer(value: Any, method: str, pure: str) -> None:
@@ -75,9 +82,10 @@ class Model:
         self.numerics: Numerics = modules.numerics
         self.dtype: jnp.dtype = modules.dtype
         self.kernels: Kernels = modules.kernels
-        linears = (m for _, m in nnx.iter_modules(modules) if isinstance(m, Linear))
         self._is_stored = self.numerics.gate != "nvfp4" and not any(
-            linear.is_arranged for linear in linears
+            module.is_arranged
+            for _, module in nnx.iter_modules(modules)
+            if isinstance(module, Linear | RMSNorm)
         )
 
     def _check_ids(self, tokens: np.ndarray, lowest: int) -> None:
@@ -127,18 +135,44 @@ class Model:
                 by default what `numerics` rounds to.
 
         Raises:
-            ValueError: a size below 1, an unknown format, or one the model's sizes do not fit.
+            ValueError: a size below 1, an unknown format, one the model's sizes do not fit, or
+                more than the device has room for; what steps need beside it is not counted.
         """
         for name, size in (("max_sequences", max_sequences), ("max_tokens", max_tokens)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
         num_blocks = -(-max_tokens // BLOCK_TOKENS)
         schema = CacheSchema.of(self.config, self.numerics, self.dtype, cache_format)
+        self._check_room(schema, max_sequences, num_blocks)
         arrays = new_arrays(schema, max_sequences, num_blocks)
         if self.mesh is not None:
             everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
             arrays = jax.device_put(arrays, everywhere)
         return Cache(arrays, num_blocks)
+
+    def _check_room(self, schema: CacheSchema, max_sequences: int, num_blocks: int) -> None:
+        def needed(sequences: int, blocks: int) -> int:
+            return tree_bytes(jax.eval_shape(partial(new_arrays, schema, sequences, blocks)))
+
+        def would_fit(free: int) -> str:
+            def of_sequences(sequences: int) -> int:
+                return needed(sequences, -(-sequences * num_blocks // max_sequences))
+
+            blocks = bisect_right(
+                range(1, num_blocks + 1), free, key=partial(needed, max_sequences)
+            )
+            sequences = bisect_right(range(1, max_sequences + 1), free, key=of_sequences)
+            return (
+                f"{blocks * BLOCK_TOKENS:,} tokens for as many sequences, or {sequences} sequences "
+                "with as many tokens each,"
+            )
+
+        check_room(
+            f"caches of {max_sequences} sequences with {num_blocks * BLOCK_TOKENS:,} tokens",
+            needed(max_sequences, num_blocks),
+            would_fit,
+            _devices(self.mesh),
+        )
 
     def prefill(
         self, cache: Cache, tokens: ArrayLike, lengths: ArrayLike
@@ -306,7 +340,8 @@ def load(
         progress: draw a progress bar on stderr.
 
     Raises:
-        ValueError: no such directory, a bad config, dtype or mesh, kernels over a mesh.
+        ValueError: no such directory, a bad config, dtype or mesh, kernels over a mesh, or no room
+            for the weights in the share of the memory that JAX was configured with.
         CheckpointError: a ValueError that lists everything that is wrong with the tensors.
     """
     directory = MINI_DIRECTORY if source == "mini" else Path(source)
@@ -326,7 +361,10 @@ def load(
     def place(path: tuple[str | int, ...], array: np.ndarray) -> Array:
         return jax.device_put(array, mesh and param_sharding(mesh, path, array.shape))
 
-    checkpoint = read(directory, config, place=place, progress=progress)
+    def check(leaves: Sequence[Leaf]) -> None:
+        check_weights(leaves, mesh)
+
+    checkpoint = read(directory, config, place=place, check=check, progress=progress)
     if not checkpoint.has_mtp:
         config = replace(config, num_nextn_predict_layers=0)
     arrays: dict[tuple[Any, ...], Array] = dict(checkpoint.params)
@@ -336,6 +374,29 @@ def load(
     tokenizer_file = directory / "tokenizer.json"
     tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
     return Model(graph, params, tokenizer, mesh, tokenizer_file if tokenizer else None)
+
+
+def check_weights(leaves: Sequence[Leaf], mesh: jax.sharding.Mesh | None) -> None:
+    """Raises ValueError unless each device has room for its share of the weights.
+
+    One of them is there twice for a while, stored and in the order of kernels.
+    """
+    sizes = []
+    for leaf in leaves:
+        sharding = mesh and param_sharding(mesh, leaf.part.path, leaf.shape)
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+        sizes.append(math.prod(shape) * leaf.dtype.itemsize)
+    num_devices = 1 if mesh is None else mesh.shape[AXIS]
+
+    def would_fit(free: int) -> str:
+        return f"at least {-(-num_devices * sum(sizes) // max(free, 1))} such devices in a mesh"
+
+    num_bytes = sum(sizes) + max(sizes)
+    check_room("weights on each device", num_bytes, would_fit, _devices(mesh))
+
+
+def _devices(mesh: jax.sharding.Mesh | None) -> list[jax.Device] | None:
+    return None if mesh is None else list(mesh.local_devices)
 
 
 def assemble(
@@ -369,7 +430,7 @@ def assemble(
     modules = nnx.merge(graph, params)
     del params
     for _, module in nnx.iter_modules(modules):
-        if isinstance(module, Linear) and mesh is None:
+        if isinstance(module, Linear | RMSNorm) and mesh is None:
             module.arrange(kernels, dtype)
         elif isinstance(module, Router) and numerics.gate == "nvfp4":
             module.quantize_gate()

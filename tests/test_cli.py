@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ import pytest
 from flax import nnx
 
 import dsv4_jax
-from dsv4_jax import cli
+from dsv4_jax import Config, Kernels, cli
+from dsv4_jax.bench.random_model import random_model
 from dsv4_jax.decoding import generate as generation
 from dsv4_jax.mini import text
 from dsv4_jax.numerics import Numerics
@@ -20,6 +22,7 @@ from dsv4_jax.text.chat import encode_messages
 from dsv4_jax.text.tokenizer import Tokenizer
 from tests import chain_model
 from tests.chain_model import ChainModel
+from tests.checkpoints import random_config
 from tests.test_text_tokenizer import trained
 
 TEXT = "hello 漢字 🙂 there, and more"
@@ -353,17 +356,23 @@ def test_eval_of_a_cache_format(loaded, run, tmp_path):
             assert points == replace(others, quantize_kv=rounds, quantize_indexer=rounds)
 
 
-def test_eval_of_a_variant(run, tmp_path):
-    """The mini model itself: what is changed shows, and formats of the same values do not."""
+def test_eval_of_a_variant(run, tmp_path, tokenizer):
+    """A real model: what is changed shows, and formats of the same values do not."""
+    layers = {"num_hidden_layers": 2, "compress_ratios": [0, 4], "num_hash_layers": 1}
+    config = Config.from_dict(random_config(vocab_size=tokenizer.vocab_size, **layers))
+    model = random_model(config, dtype="float32", kernels=Kernels.XLA)
+    model.save(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(trained().to_str())
     (tmp_path / "text").write_text("def parse(line):\n    return line.split()\n" * 20)
 
     def bits(*options):
-        code, out, _ = run("eval", tmp_path / "text", "--context", "256", *options)
-        assert code == 0
+        model = ("--model", tmp_path / "model", "--context", "256")
+        code, out, err = run("eval", tmp_path / "text", *model, *options)
+        assert code == 0, err
         return float(out.splitlines()[0].removeprefix("bits per byte: "))
 
     shipped = bits()
-    assert bits("--without", "compressed") > shipped
+    assert bits("--without", "compressed") != shipped
     assert bits("--experts", "nvfp4") == shipped
 
 
@@ -391,6 +400,15 @@ def test_help_is_complete(run):
     for command in ("info", "generate", "chat", "eval"):
         assert command in out
         assert "--help" in run(command, "--help")[1]
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dsv4", "bench", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dsv4_jax", run_name="__main__")
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("decode", "prefill", "kernels"))
 
 
 def test_a_reader_that_goes_away_is_no_error(run, monkeypatch):

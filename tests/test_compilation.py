@@ -1,5 +1,7 @@
 """Compiler options, and where compiled programs are kept."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +25,10 @@ def test_options_are_for_gpus_only(monkeypatch):
     assert compilation.compiler_options() == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options = compilation.compiler_options()
-    assert "CUSTOM_CALL" in options["xla_gpu_enable_command_buffer"].split(",")
+    assert {"CUSTOM_CALL", "WHILE"} <= {*options["xla_gpu_enable_command_buffer"].split(",")}
+    # Whatever the backend, XLA refuses names and values that it does not know.
+    for given in (options, compilation.without_graphs()):
+        assert jax.jit(lambda x: x + 1, compiler_options=given)(1.0) == 2.0
 
 
 def test_directory(monkeypatch):
@@ -61,3 +66,25 @@ def test_an_empty_cache_is_left_behind_by_nobody(no_cache):
         assert inside.is_dir() and not list(inside.iterdir())
     assert not inside.exists()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_programs_have_the_options_and_ask_for_them_when_they_first_run(monkeypatch):
+    asked = []
+    options = {"xla_cpu_enable_fast_min_max": True}
+    monkeypatch.setattr(compilation, "compiler_options", lambda: asked.append(1) or options)
+    seen = []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **given: seen.append(given) or jit(f, **given))
+    program = compilation.Program(lambda x, n: x * n, static_argnums=1)
+    assert not asked
+    assert [float(program(2.0, n)) for n in (1, 2, 1)] == [2.0, 4.0, 2.0]
+    assert asked == [1] and program.num_compiled() == 2
+    assert seen[0] == {"compiler_options": options, "static_argnums": 1}
+
+
+def test_importing_starts_no_backend():
+    code = (
+        "import dsv4_jax.decoding.generate, dsv4_jax.cli; from jax._src import xla_bridge as x;"
+        "assert not x.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

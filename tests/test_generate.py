@@ -138,11 +138,11 @@ def test_the_cut_of_a_prompt_depends_on_its_length_only(chain):
 
 def test_one_program_for_any_number_of_prompts(chain):
     new_tokens(chain, random_prompts(1, longest=9), SamplingParams(max_new_tokens=20))
-    compiled = generation._decode_chunk._cache_size(), generation._sample._cache_size()
+    compiled = generation._decode_chunk.num_compiled(), generation._sample.num_compiled()
     for num in (2, 4, 7):
         params = SamplingParams(max_new_tokens=30, temperature=0.1 * num, stop_token_ids=[5] * num)
         new_tokens(chain, random_prompts(num, longest=200), params)
-    assert (generation._decode_chunk._cache_size(), generation._sample._cache_size()) == compiled
+    assert (generation._decode_chunk.num_compiled(), generation._sample.num_compiled()) == compiled
 
 
 def test_long_prompts_share_a_cache_with_fewer(chain, monkeypatch):
@@ -401,8 +401,8 @@ def test_the_real_model_gives_the_same_alone_and_among_others(model):
 def test_nothing_is_compiled_after_warm_up(model):
     def num_programs():
         return (
-            generation._decode_chunk._cache_size(),
-            dsv4_jax.model._prefill_step._cache_size(),
+            generation._decode_chunk.num_compiled(),
+            dsv4_jax.model._prefill_step.num_compiled(),
         )
 
     assert generation.warm_up(model, 200) == 3

@@ -1,13 +1,16 @@
 """`Model` and `load`: what they refuse, and that nothing is lost on the way to disk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dsv4_jax
-from dsv4_jax import CacheUnusableError, Numerics, OutOfBlocksError
+from dsv4_jax import CacheUnusableError, Config, Kernels, Numerics, OutOfBlocksError, memory
 from dsv4_jax import model as model_module
+from dsv4_jax.bench.random_model import random_model
 from tests.conftest import GOLDEN
 
 
@@ -144,6 +147,38 @@ def test_new_cache_refuses(tiny, kwargs, message):
         tiny.new_cache(**kwargs)
 
 
+def test_a_cache_without_room_says_what_would_fit(tiny, monkeypatch):
+    held = tiny.new_cache(max_sequences=3, max_tokens=1280).memory_bytes()
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: held)
+    assert tiny.new_cache(max_sequences=3, max_tokens=1280).memory_bytes() == held
+    with pytest.raises(
+        ValueError, match=r"3 sequences with 2,560 tokens need .* free are"
+    ) as error:
+        tiny.new_cache(max_sequences=3, max_tokens=2560)
+    assert "; 1,280 tokens for as many sequences, or 1 sequences" in str(error.value)
+    assert tiny.new_cache(max_sequences=1, max_tokens=2560 // 3).memory_bytes() <= held
+
+
+def test_weights_without_room_are_not_read(monkeypatch):
+    checked = []
+    devices = jax.devices()[:1]
+    mesh = jax.sharding.Mesh(devices, ("model",))
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: checked.append(devices) or 10**5)
+    monkeypatch.setattr(jax, "device_put", None)
+    for given in (None, mesh):
+        with pytest.raises(ValueError, match=r"memory: weights on .* need .* in a mesh"):
+            dsv4_jax.load(GOLDEN, mesh=given)
+    assert checked == [None, devices]
+
+
+def test_the_weights_that_are_checked_are_those_that_are_loaded(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model_module, "check_room", lambda what, size, *rest: seen.append(size))
+    dsv4_jax.load(GOLDEN)
+    held = [leaf.nbytes for leaf in jax.tree.leaves(tiny.params)]
+    assert seen == [sum(held) + max(held)]
+
+
 def test_wrappers_name_the_pure_function_under_a_trace(tiny, cache):
     with pytest.raises(ValueError, match=r"dsv4_jax\.decode_step"):
         jax.jit(lambda tokens: tiny.decode_step(cache, tokens)[0])(jnp.zeros(2, jnp.int32))
@@ -160,14 +195,29 @@ def test_a_failed_step_makes_the_cache_unusable(tiny, cache, monkeypatch):
         tiny.decode_step(cache, np.array([1, -1]))
 
 
+@pytest.fixture(scope="module")
+def three_layers():
+    """Random weights, one layer of each kind, entries as wide as released ones."""
+    config = dataclasses.replace(
+        Config.MINI,
+        num_hidden_layers=3,
+        compress_ratios=(0, 4, 128),
+        num_nextn_predict_layers=0,
+        n_routed_experts=8,
+        num_hash_layers=1,
+    )
+    return random_model(config, dtype="float32", kernels=Kernels.XLA)
+
+
 @pytest.mark.parametrize("cache_format", ["dense", "records"])
-def test_cache_formats_of_mini_agree(mini, cache_format):
+def test_cache_formats_agree(three_layers, cache_format):
     """Both hold what the quantisation points left; memory is told to the byte."""
-    cache = mini.new_cache(max_sequences=1, max_tokens=256, cache_format=cache_format)
+    model = three_layers
+    cache = model.new_cache(max_sequences=1, max_tokens=256, cache_format=cache_format)
     assert cache.memory_bytes() == sum(x.nbytes for x in jax.tree.leaves(cache.arrays))
-    entry_bytes = {"dense": 512 * mini.dtype.itemsize, "records": 584}[cache_format]
-    assert sum(x.nbytes for x in cache.arrays.window) == 6 * 128 * entry_bytes
-    ids = np.array([[0, *mini.tokenizer.encode("import os\n" * 20)]])
-    logits, _ = mini.prefill(cache, ids, np.array([ids.shape[1]]))
-    whole = np.asarray(mini.forward(ids))[:, -1]
+    entry_bytes = {"dense": 512 * model.dtype.itemsize, "records": 584}[cache_format]
+    assert sum(x.nbytes for x in cache.arrays.window) == 3 * 128 * entry_bytes
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 200))
+    logits, _ = model.prefill(cache, ids, np.array([200]))
+    whole = np.asarray(model.forward(ids))[:, -1]
     assert np.abs(np.asarray(logits) - whole).max() < 0.05 * np.abs(whole).max()

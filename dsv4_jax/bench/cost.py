@@ -1,6 +1,5 @@
 """Bytes that a step must move and operations it must do, by part, and how long a GPU needs."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dsv4_jax.cache.schema import CacheSchema
 from dsv4_jax.cache.storage import Storage
 from dsv4_jax.config import Config
 from dsv4_jax.layers.linear import Linear
@@ -20,8 +20,7 @@ PARTS = (
     "attention",
     "hyper-connections",
     "router",
-    "routed experts",
-    "shared expert",
+    "experts",
     "head",
     "other",
 )
@@ -33,8 +32,8 @@ _PART_OF = {
     "hc_ffn": "hyper-connections",
     "hc_head": "hyper-connections",
     "gate": "router",
-    "experts": "routed experts",
-    "shared_experts": "shared expert",
+    "experts": "experts",
+    "shared_experts": "experts",
     "head": "head",
 }
 
@@ -71,9 +70,16 @@ def part_of(path: tuple[Any, ...]) -> str:
     return next((_PART_OF[name] for name in reversed(path) if name in _PART_OF), "other")
 
 
-def step_cost(
-    model: Model, batch: int, num_tokens: int, context: int, entry: Storage, key: Storage
-) -> dict[str, Cost]:
+def prompt_cost(model: Model, batch: int, prompt: int, chunk: int, context: int) -> dict[str, Cost]:
+    """Cost of steps of `chunk` tokens that together append `prompt` to each sequence."""
+    costs = dict.fromkeys(PARTS, Cost())
+    for begin in range(context, context + prompt, chunk):
+        for part, cost in step_cost(model, batch, chunk, begin).items():
+            costs[part] += cost
+    return costs
+
+
+def step_cost(model: Model, batch: int, num_tokens: int, context: int) -> dict[str, Cost]:
     """Cost of a step by part, in the order of PARTS.
 
     Args:
@@ -81,34 +87,26 @@ def step_cost(
         batch: sequences.
         num_tokens: new tokens of each.
         context: tokens of each sequence before the step.
-        entry, key: how entries and indexer keys are kept.
     """
     config, rows = model.config, batch * num_tokens
-    hit = expected_experts(config, rows) / config.n_routed_experts
-    share = config.num_experts_per_tok / config.n_routed_experts
     costs: dict[str, Cost] = defaultdict(Cost)
     modules = nnx.merge(model.graph, model.params)
     for path, linear in nnx.iter_modules(modules):
         if not isinstance(linear, Linear):
             continue
-        stack = math.prod(linear.stack)
         # The head runs for the last token of a sequence only.
         inputs = batch if part_of(path) == "head" else rows
-        flops = 2.0 * inputs * linear.in_features * linear.out_features * stack
-        costs[part_of(path)] += Cost(0.0, flops * (share if stack > 1 else 1))
+        costs[part_of(path)] += Cost(0.0, linear_flops(config, linear, inputs))
     for path, variable in nnx.to_flat_state(model.params):
-        num_bytes = float(sum(leaf.nbytes for leaf in jax.tree.leaves(variable)))
-        part = part_of(path)
-        if part == "routed experts":
-            num_bytes *= hit
-        elif path[0] == "embed" or path[-1] == "tid2eid":
-            num_bytes *= min(rows / config.vocab_size, 1)
-        costs[part] += Cost(num_bytes)
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variable))
+        costs[part_of(path)] += Cost(num_bytes * share_read(config, path, rows))
+    schema = CacheSchema.of(config, model.numerics, model.dtype, None)
+    entry, key = schema.entries, schema.keys
     streams = 2.0 * rows * config.hc_mult * config.hidden_size * model.dtype.itemsize
     for ratio in config.layer_ratios:
         costs["attention"] += _attention_cost(config, ratio, batch, num_tokens, context, entry)
         if ratio == 4:
-            costs["indexer"] += _indexer_cost(config, batch, num_tokens, context, key)
+            costs["indexer"] += indexer_cost(config, batch, num_tokens, context, key)
         projected = 2 * 2.0 * rows * (2 + config.hc_mult) * config.hc_mult**2 * config.hidden_size
         costs["hyper-connections"] += Cost(2 * streams, projected)
     return {part: costs[part] for part in PARTS}
@@ -120,14 +118,33 @@ def expected_experts(config: Config, num_tokens: int) -> float:
     return config.n_routed_experts * (1 - missed)
 
 
+def share_read(config: Config, path: tuple[Any, ...], num_tokens: int) -> float:
+    """The share of a parameter that a step of so many tokens reads, if experts are random."""
+    if "experts" in path:
+        return expected_experts(config, num_tokens) / config.n_routed_experts
+    if path[0] == "embed" or path[-1] == "tid2eid":
+        return min(num_tokens / config.vocab_size, 1.0)
+    return 1.0
+
+
+def linear_flops(config: Config, linear: Linear, num_tokens: int) -> float:
+    """Operations of one product; of a stack of experts those that the tokens take."""
+    matrices = config.num_experts_per_tok if linear.stack else 1
+    return 2.0 * num_tokens * linear.in_features * linear.out_features * matrices
+
+
+def entries_seen(config: Config, ratio: int, context: int) -> int:
+    """Cache entries that the attention of one query reads in a layer."""
+    seen = min(context + 1, config.sliding_window)
+    if ratio == 4:
+        return seen + min(context // 4, config.index_topk)
+    return seen + (context // ratio if ratio else 0)
+
+
 def _attention_cost(
     config: Config, ratio: int, batch: int, num_tokens: int, context: int, entry: Storage
 ) -> Cost:
-    seen = min(context + 1, config.sliding_window)
-    if ratio == 4:
-        seen += min(context // 4, config.index_topk)
-    elif ratio:
-        seen += context // ratio
+    seen = entries_seen(config, ratio, context)
     # Queries of a chunk share what they read at best; each selects entries of its own.
     read = float(batch * seen * entry_bytes(entry))
     width = config.num_attention_heads * config.head_dim
@@ -135,7 +152,7 @@ def _attention_cost(
     return Cost(read + queries, 4.0 * batch * num_tokens * width * seen)
 
 
-def _indexer_cost(config: Config, batch: int, num_tokens: int, context: int, key: Storage) -> Cost:
+def indexer_cost(config: Config, batch: int, num_tokens: int, context: int, key: Storage) -> Cost:
     num_entries = context // 4
     if num_entries <= config.index_topk:
         return Cost()

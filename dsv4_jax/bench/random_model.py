@@ -41,6 +41,13 @@ def first_layers(config: Config, num_layers: int) -> Config:
     )
 
 
+def layers_of_each_kind(config: Config) -> int:
+    """How many first layers have every kind of attention and of routing that the model has."""
+    routing = [config.is_hash_layer(layer) for layer in range(config.num_hidden_layers)]
+    kinds: tuple[list[int], ...] = (list(config.layer_ratios), list(map(int, routing)))
+    return 1 + max(of_layers.index(kind) for of_layers in kinds for kind in of_layers)
+
+
 def formats_of(config: Config, experts: str, linears: str) -> dict[Path, WeightFormat]:
     """Which format each weight is in that may be packed, by its path without "weight".
 
@@ -60,14 +67,14 @@ def formats_of(config: Config, experts: str, linears: str) -> dict[Path, WeightF
     }
 
 
-def weight_bytes(config: Config, experts: str, linears: str) -> int:
-    """Bytes of all weights, as stored."""
+def weight_sizes(config: Config, experts: str, linears: str) -> list[int]:
+    """Bytes of each array of weights, as stored."""
     formats = formats_of(config, experts, linears)
-    return sum(
+    return [
         tensor.num_bytes * math.prod(_lead(config, spec))
         for spec in _distinct(config)
         for tensor in stored(spec, formats.get(spec.path[:-1]))
-    )
+    ]
 
 
 def random_model(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -19,6 +20,8 @@ from dsv4_jax.cache.schema import CacheArrays
 from dsv4_jax.compilation import compiler_options, without_graphs
 from dsv4_jax.model import Model
 from dsv4_jax.transformer import decode_step, prefill_step
+
+Options = dict[str, str | int]
 
 WARM_UP_RUNS = 2
 # A GPU that does anything else is busier than this.
@@ -39,7 +42,7 @@ class Timing:
             persistent cache.
         cache_bytes: of the sequences.
         peak_bytes: most device memory in use until then, 0 where the backend does not count.
-        profile: device time by part, None where there is no GPU.
+        profile: device time by kernel, None where there is no GPU.
     """
 
     step_us: tuple[float, ...]
@@ -67,27 +70,31 @@ def filled_cache(model: Model, batch: int, context: int, new_tokens: int) -> Cac
     blocks = -(-(context + new_tokens) // BLOCK_TOKENS)
     cache = model.new_cache(batch, batch * blocks * BLOCK_TOKENS)
     cache.prepare_step([context + new_tokens] * batch)
-    cache.arrays = _filled(cache.arrays, jnp.int32(context))
+    planes: dict[str, Any] = {
+        name: tuple(map(_refilled, getattr(cache.arrays, name)))
+        for name in ("window", "csa", "csa_keys", "hca")
+    }
+    lengths = jnp.full_like(cache.arrays.lengths, context)
+    cache.arrays = replace(cache.arrays, lengths=lengths, **planes)
     return cache
 
 
-@jax.jit
-def _filled(arrays: CacheArrays, context: Int[Array, ""]) -> CacheArrays:
-    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 8))
+def _refilled(plane: Array) -> Array:
+    """Noise in the place of a plane of a cache, which is deleted before."""
+    shape, dtype = plane.shape, plane.dtype
+    plane.delete()
+    return _noise(shape, dtype)
 
-    def noise(x: Array) -> Array:
-        if x.dtype == jnp.uint8:
-            # Scale planes are narrow: powers of two about 1. Elsewhere no code may be NaN.
-            if x.shape[-1] <= 8:
-                return jnp.full(x.shape, 125, jnp.uint8)
-            return jax.random.bits(next(keys), x.shape, jnp.uint8) & 0xBF
-        return jax.random.normal(next(keys), x.shape, x.dtype)
 
-    planes: dict[str, Any] = {
-        name: tuple(map(noise, getattr(arrays, name)))
-        for name in ("window", "csa", "csa_keys", "hca")
-    }
-    return replace(arrays, lengths=jnp.full_like(arrays.lengths, context), **planes)
+@partial(jax.jit, static_argnums=(0, 1))
+def _noise(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    key = jax.random.key(0, impl="rbg")
+    if dtype != jnp.uint8:
+        return jax.random.normal(key, shape, dtype)
+    # Scale planes are narrow: powers of two about 1. Elsewhere no code may be NaN.
+    if shape[-1] <= 8:
+        return jnp.full(shape, 125, jnp.uint8)
+    return jax.random.bits(key, shape, jnp.uint8) & 0xBF
 
 
 def decode_loop(
@@ -112,58 +119,74 @@ def decode_loop(
 def time_decode(model: Model, *, batch: int, context: int, num_steps: int, repeats: int) -> Timing:
     """Times `num_steps` decode steps of `batch` sequences that begin at `context` tokens."""
     cache = filled_cache(model, batch, context, num_steps)
-    program = partial(jax.jit, decode_loop, static_argnums=4, donate_argnums=2)
     tokens = jnp.zeros(batch, jnp.int32)
-    return _timed(program, model, cache, (tokens, num_steps), num_steps, repeats, context)
+
+    def compiled(options: Options) -> jax.stages.Compiled:
+        loop = jax.jit(decode_loop, static_argnums=4, donate_argnums=2, compiler_options=options)
+        lowered = loop.lower(model.graph, model.params, cache.arrays, tokens, num_steps)
+        return lowered.compile()
+
+    def run(program: jax.stages.Compiled, arrays: CacheArrays) -> CacheArrays:
+        _, arrays = program(model.graph, model.params, arrays, tokens)
+        return arrays
+
+    return _timed(cache, compiled, run, num_steps, repeats)
 
 
-def time_prefill(model: Model, *, batch: int, chunk: int, context: int, repeats: int) -> Timing:
-    """Times a chunk of new tokens of each of `batch` sequences that hold `context` tokens."""
-    cache = filled_cache(model, batch, context, chunk)
-    program = partial(jax.jit, prefill_step, donate_argnums=2)
+def time_prefill(
+    model: Model, *, batch: int, prompt: int, chunk: int, context: int, repeats: int
+) -> Timing:
+    """Times `prompt` new tokens of each of `batch` sequences that hold `context` tokens.
+
+    A step is the whole prompt; each program of it appends `chunk` tokens.
+    """
+    cache = filled_cache(model, batch, context, prompt)
     ids = jax.random.randint(jax.random.key(1), (batch, chunk), 0, model.config.vocab_size)
     args = ids.astype(jnp.int32), jnp.full(batch, chunk, jnp.int32)
-    return _timed(program, model, cache, args, 1, repeats, context)
+
+    def compiled(options: Options) -> jax.stages.Compiled:
+        step = jax.jit(prefill_step, donate_argnums=2, compiler_options=options)
+        return step.lower(model.graph, model.params, cache.arrays, *args).compile()
+
+    def run(program: jax.stages.Compiled, arrays: CacheArrays) -> CacheArrays:
+        for _ in range(prompt // chunk):
+            _, arrays = program(model.graph, model.params, arrays, *args)
+        return arrays
+
+    return _timed(cache, compiled, run, 1, repeats)
 
 
 def _timed(
-    program: Callable[..., Any],
-    model: Model,
     cache: Cache,
-    args: tuple[Any, ...],
+    compiled_with: Callable[[Options], jax.stages.Compiled],
+    run: Callable[[jax.stages.Compiled, CacheArrays], CacheArrays],
     num_steps: int,
     repeats: int,
-    context: int,
 ) -> Timing:
-    dynamic = [arg for arg in args if not isinstance(arg, int)]
-    arrays = cache.arrays
-
-    def compiled_with(options: dict[str, str | int]) -> jax.stages.Compiled:
-        jax.clear_caches()
-        jitted = program(compiler_options=options)
-        return jitted.lower(model.graph, model.params, arrays, *args).compile()
-
+    """Compiles and times `run`, which does `num_steps` steps from the cache's lengths on."""
+    lengths = cache.lengths.astype(np.int32)
     compile_s = []
     for _ in range(2):
+        jax.clear_caches()
         begin = time.perf_counter()
         compiled = compiled_with(compiler_options())
         compile_s.append(time.perf_counter() - begin)
+    arrays = cache.arrays
 
-    def run(compiled: jax.stages.Compiled) -> float:
+    def step_us(program: jax.stages.Compiled) -> float:
         nonlocal arrays
-        full = replace(arrays, lengths=jnp.full_like(arrays.lengths, context))
-        jax.block_until_ready(full)
+        arrays = replace(arrays, lengths=jnp.asarray(lengths))
+        jax.block_until_ready(arrays)
         begin = time.perf_counter()
-        result, arrays = compiled(model.graph, model.params, full, *dynamic)
-        jax.block_until_ready((result, arrays))
+        arrays = jax.block_until_ready(run(program, arrays))
         return (time.perf_counter() - begin) * 1e6 / num_steps
 
     for _ in range(WARM_UP_RUNS):
-        run(compiled)
-    times = tuple(run(compiled) for _ in range(repeats))
+        step_us(compiled)
+    times = tuple(step_us(compiled) for _ in range(repeats))
     peak_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     found = None
     if jax.default_backend() == "gpu":
-        found = profile(run, compiled, compiled_with(without_graphs()))
+        found = profile(step_us, compiled, compiled_with(without_graphs()), num_steps)
     first_s, second_s = compile_s
     return Timing(times, (first_s, second_s), cache.memory_bytes(), peak_bytes, found)

@@ -3,7 +3,7 @@
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,12 @@ class Checkpoint:
 
 
 def read(
-    directory: str | Path, config: Config, *, place: Place | None = None, progress: bool = False
+    directory: str | Path,
+    config: Config,
+    *,
+    place: Place | None = None,
+    check: Callable[[Sequence[Leaf]], None] | None = None,
+    progress: bool = False,
 ) -> Checkpoint:
     """Reads and checks every tensor of a checkpoint.
 
@@ -50,6 +55,7 @@ def read(
         config: the sizes they must have.
         place: puts a parameter, given as a 64-byte aligned NumPy array that is not used again, on
             its devices; by default on JAX's default device, without a copy on CPU.
+        check: sees all parameters before the first one is read, and may raise.
         progress: draw a progress bar on stderr.
 
     Raises:
@@ -63,6 +69,8 @@ def read(
         plan = make_plan(shards.tensors, config)
         if plan.findings:
             raise CheckpointError(directory, plan.findings)
+        if check is not None:
+            check(plan.leaves)
         with click.progressbar(
             length=sum(leaf.num_bytes for leaf in plan.leaves),
             label="Loading",

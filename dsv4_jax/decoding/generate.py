@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache.manager import Cache
+from dsv4_jax.compilation import Program
 from dsv4_jax.decoding.loop import decode_chunk
 from dsv4_jax.decoding.sampling import SamplingArrays, SamplingParams, sample
 from dsv4_jax.model import CHUNK_SIZES, Model
@@ -25,8 +26,8 @@ SHARED_TOKENS = 65536
 MIN_CAPACITY = 256
 STOP_IDS_PADDING = 8
 
-_decode_chunk = jax.jit(decode_chunk, static_argnames="num_steps", donate_argnames="arrays")
-_sample = jax.jit(sample)
+_decode_chunk = Program(decode_chunk, static_argnames="num_steps", donate_argnames="arrays")
+_sample = Program(sample)
 
 
 class Piece(NamedTuple):
