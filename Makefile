@@ -29,11 +29,11 @@ kernels: $(INSTALLED)  ## compile both libraries to build/ffi, no GPU needed; re
 	PATH="$$PWD/$(BIN):$$PATH" cmake --build build/ffi
 	$(BIN)/python ffi/kernel_resources.py build/ffi/kernels
 
-sanitize:  ## GPU tests on small shapes under compute-sanitizer; PYTHON has jax for CUDA
+sanitize:  ## a few GPU tests of every kernel under compute-sanitizer; PYTHON has jax for CUDA
 	for tool in memcheck racecheck; do \
-	  PYTHONPATH=.:ffi XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool $$tool \
-	    --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu -k 'not large and not graph' tests \
-	    || exit 1; \
+	  PYTHONPATH=.:ffi XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_autotune_level=0 \
+	    compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -m sanitize -n 8 tests || exit 1; \
 	done
 
 # Without the CUDA library, which takes minutes: that is `make kernels`.

@@ -5,12 +5,17 @@ whose smallest top-k margin is above the tolerance, since a closer decision may 
 the golden tokens (`test_oracles` prints it), printed here for the others.
 """
 
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dsv4_jax
+from dsv4_jax import Numerics
+from dsv4_jax.compilation import Program
 from tests.checkpoints import random_config, write_checkpoint
 from tests.oracles import model as oracle
 
@@ -187,12 +192,14 @@ def test_users_scan_over_pure_steps(tiny, tokens, whole):
     assert_close(step(tiny, cache, {0: tokens[0, 140]})[0], whole[0, 140])
 
 
-@pytest.mark.parametrize("schedule", ["flash", "pro"])
-def test_window_of_128(tmp_path, schedule):
+def test_window_of_128(tmp_path):
     """The released window; chunks that end on both sides of its edges and of a block's."""
-    config = random_config(schedule, sliding_window=128)
+    kinds = [0, 128, 4]
+    config = random_config(
+        sliding_window=128, num_hidden_layers=3, compress_ratios=kinds, num_hash_layers=1
+    )
     tensors = write_checkpoint(tmp_path, config, seed=18)
-    model = dsv4_jax.load(tmp_path, dtype=jnp.float32, numerics=dsv4_jax.Numerics.EXACT)
+    model = dsv4_jax.load(tmp_path, dtype=jnp.float32, numerics=Numerics.EXACT)
     ids = np.random.default_rng(18).integers(0, config["vocab_size"], (1, 300))
     _, exact = oracle.forward(config, tensors, ids[0], capture=True)
     print(f"smallest top-k margin: {exact.margin:.1e}")
@@ -203,3 +210,145 @@ def test_window_of_128(tmp_path, schedule):
     for end in (1, 3, 126, 127, 128, 129, 130, 254, 255, 256, 257, 300):
         assert_close(feed(model, cache, {0: ids[0, begin:end]})[0], whole[0, end - 1])
         begin = end
+
+
+@dataclass
+class Sequence:
+    """Tokens, of which the first ones are the prompt, and the logits after each of the others."""
+
+    tokens: np.ndarray
+    prompt: int
+    logits: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def ended(self):
+        return self.prompt + len(self.logits) > len(self.tokens)
+
+
+def begin(model, cache, running, sequence):
+    slot = cache.admit()
+    found = feed(model, cache, {slot: sequence.tokens[: sequence.prompt]})
+    sequence.logits.append(found[slot].copy())
+    running[slot] = sequence
+
+
+def one_step(model, cache, tokens):
+    return np.asarray(model.decode_step(cache, tokens[0])[0])[None]
+
+
+def _steps(graph, params, arrays, tokens):
+    def body(arrays, ids):
+        packed, ids = jax.lax.optimization_barrier((params, ids))
+        logits, arrays = dsv4_jax.decode_step(graph, packed, arrays, ids)
+        return arrays, logits
+
+    return jax.lax.scan(body, arrays, tokens)
+
+
+_program = Program(_steps, donate_argnums=2)
+
+
+def eight_steps(model, cache, tokens):
+    """In one program; `tokens` [8, slots], -1 where a sequence has ended."""
+    counts = (tokens >= 0).sum(axis=0)
+    cache.prepare_step(counts)
+    arrays, logits = _program(model.graph, model.params, cache.arrays, tokens)
+    cache.replace_arrays(arrays)
+    cache.advance(counts)
+    return np.asarray(logits)
+
+
+STEPS = {one_step: 1, eight_steps: 8}
+
+
+def go_on(model, cache, running, take):
+    """Some tokens for each sequence; those that end leave."""
+    tokens = np.full((STEPS[take], SLOTS), -1, np.int32)
+    for slot, s in running.items():
+        rest = s.tokens[s.prompt + len(s.logits) - 1 :][: len(tokens)]
+        tokens[: len(rest), slot] = rest
+    logits = take(model, cache, tokens)
+    for slot, s in list(running.items()):
+        s.logits += list(logits[tokens[:, slot] >= 0, slot].copy())
+        if s.ended:
+            cache.release(slot)
+            del running[slot]
+
+
+def alone(model, sequence, take):
+    """The logits of a sequence with nothing beside it."""
+    again, running = Sequence(sequence.tokens, sequence.prompt), {}
+    cache = new_cache(model)
+    begin(model, cache, running, again)
+    while running:
+        go_on(model, cache, running, take)
+    return np.stack(again.logits)
+
+
+@contextmanager
+def compilations():
+    """Programs that are compiled inside."""
+    found = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **kwargs: found.append(name) if "backend_compile" in name else None
+    )
+    try:
+        yield found
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def bytes_in_use():
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else sum(x.nbytes for x in jax.live_arrays())
+
+
+def come_and_go(model, num_steps, longest, take):
+    """Steps with sequences that come at random, most slots in use; those that ended.
+
+    Nothing is compiled after a first sequence, and no memory is lost.
+    """
+    rounds = num_steps // STEPS[take]
+    rng = np.random.default_rng(0)
+
+    def arriving():
+        tokens = rng.integers(0, model.config.vocab_size, rng.integers(20, longest))
+        return Sequence(tokens, int(rng.integers(1, 17)))
+
+    cache, running, every, memory = new_cache(model), {}, [], []
+    alone(model, arriving(), take)
+    with compilations() as compiled:
+        for i in range(rounds):
+            if len(running) < SLOTS and (not running or rng.random() < 0.3):
+                every.append(arriving())
+                begin(model, cache, running, every[-1])
+            go_on(model, cache, running, take)
+            if i % (rounds // 4) == 0:
+                memory.append(bytes_in_use())
+    assert not compiled
+    assert len(set(memory)) == 1, memory
+    return [sequence for sequence in every if sequence.ended]
+
+
+def test_two_hundred_steps_with_sequences_coming_and_going(tiny):
+    ended = come_and_go(tiny, 200, 60, one_step)
+    assert len(ended) > 5
+    for sequence in ended:
+        assert_close(np.stack(sequence.logits), alone(tiny, sequence, one_step))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_ten_thousand_steps_with_sequences_coming_and_going(batch_invariant):
+    """With `batch_invariant` to the last bit: a step has as many rows for one as for all."""
+    numerics = Numerics(batch_invariant=batch_invariant)
+    model = dsv4_jax.load("mini", dtype=jnp.bfloat16, numerics=numerics)
+    ended = come_and_go(model, 10_000, 300, eight_steps)
+    assert len(ended) > 100
+    for sequence in [s for s in ended if len(s.tokens) > 200][:5]:
+        together, separate = np.stack(sequence.logits), alone(model, sequence, eight_steps)
+        if batch_invariant:
+            assert together.tobytes() == separate.tobytes()
+        else:
+            np.testing.assert_allclose(together, separate, atol=0.02 * np.abs(separate).max())

@@ -10,34 +10,39 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dsv4_jax.parallel.sharding import check_mesh, param_sharding
+from tests.checkpoints import random_config, write_checkpoint
 
 SCRIPT = """
 import jax, numpy as np, jax.numpy as jnp, dsv4_jax
 from jax.sharding import AxisType
 mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
 exact = dict(dtype=jnp.float32, numerics=dsv4_jax.Numerics.EXACT)
-one = dsv4_jax.load("{golden}", **exact)
-two = dsv4_jax.load("{golden}", mesh=mesh, **exact)
-tokens = np.load("{golden}/golden.npz")["input_ids"][:, :40]
+one = dsv4_jax.load("{directory}", **exact)
+two = dsv4_jax.load("{directory}", mesh=mesh, **exact)
+tokens = np.random.default_rng(0).integers(0, one.config.vocab_size, (2, 14))
 split = [x for x in jax.tree.leaves(two.params) if not x.sharding.is_fully_replicated]
-assert len(split) > 40, len(split)
-assert np.abs(one.forward(tokens) - two.forward(tokens)).max() <= 1e-5
+assert len(split) > 15, len(split)
+whole = one.forward(tokens)
+assert np.abs(whole - two.forward(tokens)).max() <= 1e-5
 cache = two.new_cache(max_sequences=2, max_tokens=256)
-logits, _ = two.prefill(cache, tokens[:, :39], np.array([39, 39]))
-logits, _ = two.decode_step(cache, tokens[:, 39])
-assert np.abs(one.forward(tokens)[:, -1] - logits).max() <= 1e-5
+logits, _ = two.prefill(cache, tokens[:, :13], np.array([13, 13]))
+logits, _ = two.decode_step(cache, tokens[:, 13])
+assert np.abs(whole[:, -1] - logits).max() <= 1e-5
 """
 
 
-def test_two_devices_agree_with_one():
-    golden = Path(__file__).parent / "golden" / "tiny-flash"
+def test_two_devices_agree_with_one(tmp_path):
+    ratios = [0, 4]
+    config = random_config(num_hidden_layers=2, compress_ratios=ratios, num_hash_layers=1)
+    write_checkpoint(tmp_path, config, seed=0)
+    root = Path(__file__).parents[1]
     subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(golden=golden)],
+        [sys.executable, "-c", SCRIPT.format(directory=tmp_path)],
         check=True,
         env={
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": f"{golden.parents[2]}{os.pathsep}{golden.parents[2] / 'ffi'}",
+            "PYTHONPATH": f"{root}{os.pathsep}{root / 'ffi'}",
         },
     )
 
