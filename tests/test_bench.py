@@ -89,8 +89,8 @@ def test_layers_of_each_kind():
 
 def test_parts_of_parameters():
     assert part_of(("layers", 3, "attn", "wq_b", "blocks")) == "attention projections"
-    assert part_of(("layers", 3, "attn", "indexer", "wq_b", "blocks")) == "indexer"
-    assert part_of(("layers", 3, "attn", "indexer", "compressor", "wkv", "blocks")) == "compressors"
+    indexer = ("layers", 3, "attn", "indexer")
+    assert part_of((*indexer, "compressor", "wkv", "blocks")) == "attention projections"
     assert part_of(("layers", 3, "ffn", "gate", "weight")) == "router"
     assert part_of(("layers", 3, "attn_norm", "weight")) == "other"
 
@@ -109,9 +109,7 @@ def test_costs_of_a_decode_step():
     entries = 3 * 128 + SMALL.index_topk + 32
     queries = 3 * 2 * SMALL.num_attention_heads * 512 * 4
     assert costs["attention"].num_bytes == 2 * entries * 584 + queries
-    keys = 2 * 1024 * 68
-    weights = costs["indexer"].num_bytes - keys
-    assert weights == 2 * SMALL.index_n_heads * (128 * SMALL.q_lora_rank + d)
+    assert costs["indexer"].num_bytes == 2 * 1024 * 68
 
 
 def test_cost_of_a_prompt_is_that_of_its_chunks():
@@ -135,9 +133,6 @@ def test_floor_is_the_longer_time():
 def test_parts_of_scopes():
     assert part_of_scope("jit(f)/while/body/attention/indexer/dot_general") == "indexer"
     assert part_of_scope("jit(f)/add") == "other"
-    assert (
-        part_of_scope("jit(f)/shared expert/add") == part_of_scope("f/routed experts") == "experts"
-    )
 
     @jax.jit
     def program(x):

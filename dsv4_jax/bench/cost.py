@@ -15,7 +15,6 @@ from dsv4_jax.model import Model
 
 PARTS = (
     "attention projections",
-    "compressors",
     "indexer",
     "attention",
     "hyper-connections",
@@ -24,9 +23,8 @@ PARTS = (
     "head",
     "other",
 )
+# What kernels do in one launch is one part: all projections of an input, all experts.
 _PART_OF = {
-    "compressor": "compressors",
-    "indexer": "indexer",
     "attn": "attention projections",
     "hc_attn": "hyper-connections",
     "hc_ffn": "hyper-connections",

@@ -15,12 +15,6 @@ import jax
 from dsv4_jax.bench.cost import PARTS
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
-# Where kernels run, all experts are one launch.
-_PART_OF_SCOPE = {
-    **{part: part for part in PARTS},
-    "routed experts": "experts",
-    "shared expert": "experts",
-}
 _MODULE = re.compile(r"HloModule ([\w.-]+)")
 
 
@@ -113,7 +107,7 @@ def scopes(hlo: str) -> dict[str, str]:
 
 def part_of_scope(scope: str) -> str:
     """The innermost part named in a path such as "jit(f)/attention/indexer/dot_general"."""
-    parts = [_PART_OF_SCOPE[name] for name in scope.split("/") if name in _PART_OF_SCOPE]
+    parts = [name for name in scope.split("/") if name in PARTS]
     return parts[-1] if parts else "other"
 
 

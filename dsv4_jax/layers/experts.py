@@ -32,7 +32,7 @@ class SharedExpert(nnx.Module):
         self.w2 = Linear(f, d, numerics)
         self.w3 = Linear(d, f, numerics)
 
-    @jax.named_scope("shared expert")
+    @jax.named_scope("experts")
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         gate, up = products(x, [(self.w1, None), (self.w3, None)])
         return self.w2(clamped_swiglu(gate, up, self.limit).astype(x.dtype))
@@ -50,7 +50,7 @@ class RoutedExperts(nnx.Module):
         self.w2 = Linear(f, d, numerics, stack)
         self.w3 = Linear(d, f, numerics, stack)
 
-    @jax.named_scope("routed experts")
+    @jax.named_scope("experts")
     def __call__(
         self,
         x: Float[Array, "n d"],
@@ -107,7 +107,7 @@ class MoE(nnx.Module):
             and shared.w1.is_tiled
             and routed.w1.rounds_input == shared.w1.rounds_input
         ):
-            with jax.named_scope("routed experts"):
+            with jax.named_scope("experts"):
                 y = experts_with_shared(
                     rows,
                     *routes,
