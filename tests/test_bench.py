@@ -271,6 +271,8 @@ def test_operations_of_a_step(monkeypatch, two_layers):
     assert rest == 2 * SMALL.num_attention_heads * 512 * 4
     ours = append(append.weights | append.kept | append.others)
     assert ours.q.shape == (2, 1, SMALL.num_attention_heads, 512)
+    with pytest.raises(ValueError, match="got 'nonsense', expected one of this step's: append_swa"):
+        operations.Table.measured("title", model, 2, 300, limits, ["dense_router", "nonsense"])
 
 
 def test_the_time_of_an_operation(monkeypatch):

@@ -140,11 +140,21 @@ class Table:
         Args:
             limits: of the device, or None where none are known.
             chosen: names of operations; without any, all.
+
+        Raises:
+            ValueError: the step has no operation of a chosen name.
         """
         arrays = filled_cache(model, batch, context, 1).arrays
         rows = []
         with running(model.kernels):
-            for calls in operations(model, arrays, jnp.zeros(batch, jnp.int32)).values():
+            found = operations(model, arrays, jnp.zeros(batch, jnp.int32)).values()
+            names = {operation_name(calls[0].implementations) for calls in found}
+            if unknown := [name for name in chosen if name not in names]:
+                raise ValueError(
+                    f"operation: got {unknown[0]!r}, expected one of this step's: "
+                    + ", ".join(sorted(names))
+                )
+            for calls in found:
                 first, num_calls = calls[0], len(calls)
                 if chosen and operation_name(first.implementations) not in chosen:
                     continue
