@@ -22,7 +22,7 @@ CASES = pytest.mark.parametrize(
     [("nvfp4", "xla"), *(pytest.param(f, "ffi", marks=FFI.marks) for f in tiled.FORMATS)],
 )
 # Relative L2 error of a bfloat16 and of a float32 result. Tensor cores round sums towards zero.
-TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-5}
+TOLERANCE = {"bfloat16": 2e-3, "float32": 1e-5 if jax.default_backend() == "gpu" else 2e-6}
 
 
 def inputs(shape, seed=0):
@@ -196,8 +196,7 @@ LINEARS = [
     (3072, 7168),
     (7168, 3072),
 ]
-# Of each kernel, and of the tiles that it chooses from.
-NUM_ROWS = (1, 3, 9, 16, 17, 65, 1000, 4096)
+NUM_ROWS = (1, 3, 8, 9, 16, 17, 33, 64, 65, 129, 256, 1000, 4096)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Everything that a layer with compressed entries writes for a chunk."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def layer_writes(
     """
     return dispatch(
         implementation,
-        {"ffi": _ffi, "xla": _xla},
+        {"ffi": _ffi, "xla": _separately},
         *(q, kv, weight, window, start, length, jnp.asarray(frequencies), streams, block_table),
         queries,
         layer=layer,
@@ -82,7 +82,7 @@ def _positions(start: Array, num_tokens: int) -> Array:
     return start[:, None] + jnp.arange(num_tokens)
 
 
-def _xla(
+def _separately(
     q: Array,
     kv: Array,
     weight: Array,
@@ -137,7 +137,14 @@ def _xla(
     return Written(appended, flushed, coded)
 
 
-def _ffi(
+def _ffi(*arrays: Any, with_chunk: bool, **static: Any) -> Written:
+    num_tokens = arrays[0].shape[1]
+    if with_chunk or num_tokens > _MAX_JOINED_TOKENS:
+        return _separately(*arrays, **static, with_chunk=with_chunk, implementation="ffi")
+    return _joined(*arrays, **static)
+
+
+def _joined(
     q: Array,
     kv: Array,
     weight: Array,
@@ -154,22 +161,8 @@ def _ffi(
     storage: Storage,
     key_storage: Storage,
     eps: float,
-    with_chunk: bool,
     query_scale: float,
 ) -> Written:
-    num_tokens = q.shape[1]
-    if with_chunk or num_tokens > _MAX_JOINED_TOKENS:
-        return _xla(
-            *(q, kv, weight, window, start, length, frequencies, streams, block_table, queries),
-            layer=layer,
-            pool_layer=pool_layer,
-            storage=storage,
-            key_storage=key_storage,
-            eps=eps,
-            with_chunk=with_chunk,
-            query_scale=query_scale,
-            implementation="ffi",
-        )
     check_entries("layer_writes", storage, q.dtype)
     if len(streams) == 2:
         check_keys("layer_writes", key_storage)
@@ -196,7 +189,7 @@ def _ffi(
         add_states(tail, *pool)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, *states)]
     if queries is not None:
-        operands += [*queries, _positions(start, num_tokens)]
+        operands += [*queries, _positions(start, q.shape[1])]
         shapes += coded_shapes(queries[0])
     q, *results = dsv4_ffi.call(
         "layer_writes",
