@@ -1,6 +1,7 @@
 """activation_topk and dense_router against float64: exact ids, weights to 2e-5."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -381,8 +382,10 @@ def test_dense_under_transformations(implementation):
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
 
 
-def test_the_fused_kernel_is_for_few_tokens():
+def test_the_fused_kernel_is_for_few_tokens(monkeypatch):
     """Without a name many tokens take the product first."""
+    on_cuda = SimpleNamespace(platform=lambda: "cuda")
+    monkeypatch.setattr("dsv4_jax.ops.dispatch.dsv4_ffi", on_cuda)
     for num_tokens, fused in [(MAX_KERNEL_TOKENS, True), (MAX_KERNEL_TOKENS + 1, False)]:
         x, gate, bias = tokens_and_gate(num_tokens, 256, 64)
         traced = jax.jit(partial(dense_router, top_k=6, scale=1.0)).trace(x, gate, bias)

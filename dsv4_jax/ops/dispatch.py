@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+import dsv4_ffi
 from dsv4_jax import kernels
 
 
@@ -21,8 +22,9 @@ def dispatch(
 
     Args:
         implementation: a name, for exactly that one; None for what the model's `Kernels` say, and
-            if they say nothing, for the fastest that supports these arguments where the program
-            runs: kernels on CUDA devices, "xla" elsewhere.
+            if they say nothing, for the fastest that supports these arguments where JAX's default
+            device is a CUDA device, and "xla" where it is not. Nothing else is traced: a step
+            would take several times as long to trace with all references in it.
         implementations: fastest first; among them "xla", which supports everything and is defined
             in the operation's module. Each is called as f(*arrays, **static); a kernel raises
             NotImplementedError, with the reason, for what it does not support.
@@ -47,14 +49,11 @@ def dispatch(
                 f"{', '.join(map(repr, implementations))} or None"
             )
         return implementations[implementation](*arrays, **static)
-    reference = partial(implementations["xla"], **static)
-    for name, function in implementations.items():
-        if name == "xla":
-            break
-        kernel = partial(function, **static)
-        with suppress(NotImplementedError):
-            return jax.lax.platform_dependent(*arrays, cuda=kernel, default=reference)
-    return reference(*arrays)
+    if dsv4_ffi.platform() == "cuda":
+        for function in implementations.values():
+            with suppress(NotImplementedError):
+                return function(*arrays, **static)
+    return implementations["xla"](*arrays, **static)
 
 
 def differentiable(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

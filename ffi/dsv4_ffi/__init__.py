@@ -7,7 +7,7 @@ import jax
 
 from dsv4_ffi.library import load, missing
 
-__all__ = ["call", "missing"]
+__all__ = ["call", "missing", "platform"]
 
 
 def call(
@@ -54,16 +54,19 @@ def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def _obstacle(name: str) -> str | None:
-    platform = _platform()
-    if platform not in ("cpu", "cuda"):
-        return f"there are handlers for CPUs and CUDA devices, not for {platform}"
-    if (reason := missing(platform)) is not None:
+    found_platform = platform()
+    if found_platform not in ("cpu", "cuda"):
+        return f"there are handlers for CPUs and CUDA devices, not for {found_platform}"
+    if (reason := missing(found_platform)) is not None:
         return reason
-    found = load(platform)
+    # Beside a GPU, arrays may also be put on the CPU device.
+    load("cpu")
+    found = load(found_platform)
     return None if name in found.calls else f"{found.path} does not hold it"
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Of JAX's default device: "cpu", "cuda" or another."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     name = getattr(device, "platform", device) or jax.default_backend()
     return "cuda" if name == "gpu" else name
