@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 
 import dsv4_jax
 from dsv4_jax import memory
-from dsv4_jax.bench import operations, plan, timing
+from dsv4_jax.bench import operations, plan, steps, timing
 from dsv4_jax.bench.cost import Cost, Limits, expected_experts, part_of, prompt_cost, step_cost
 from dsv4_jax.bench.profile import (
     Event,
@@ -293,6 +294,26 @@ def test_the_time_of_an_operation(monkeypatch):
     assert call.name == "test_bench attn.wkv"
     assert call.updates() == ({0: 0}, 4)
     assert isinstance(operations.time_us(call), float)
+
+
+@pytest.mark.parametrize(("visible", "asked"), [(None, []), ("1", ["-i", "1"])])
+def test_a_busy_gpu_is_not_measured(monkeypatch, visible, asked):
+    utilization, commands = "0\n73\n", []
+
+    def nvidia_smi(command, **options):
+        commands.append(command)
+        return SimpleNamespace(stdout=utilization)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(steps.subprocess, "run", nvidia_smi)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(steps.BusyError, match="the GPU is busy: utilisation 0, 73 %"):
+        steps.check_idle()
+    assert commands[0][3:] == asked
+    utilization = "0\n"
+    steps.check_idle()
 
 
 @pytest.fixture

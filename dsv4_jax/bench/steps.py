@@ -1,5 +1,6 @@
 """Times of decode and prefill steps."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -53,10 +54,12 @@ class Timing:
 
 
 def check_idle() -> None:
-    """Raises BusyError if an NVIDIA GPU of this machine does something already."""
+    """Raises BusyError if an NVIDIA GPU that this process sees does something already."""
     if jax.default_backend() != "gpu":
         return
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query += ["-i", visible]
     found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     if any(int(percent) > IDLE_UTILIZATION_PERCENT for percent in found):
         raise BusyError(
