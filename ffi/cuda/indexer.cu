@@ -19,7 +19,6 @@ constexpr int kThreads = 128;
 constexpr int kHeads = 64;
 constexpr int kTileKeys = 64;
 constexpr int kMaxTokens = 4;  // queries that share a decoded key
-constexpr int kPrefetch = 2;   // tiles under way from memory
 constexpr int kMaxItems = 8192;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -139,25 +138,30 @@ __device__ __forceinline__ int CountTiles(const Arguments& a, int item) {
   return longest <= a.min_length ? 0 : (longest + kTileKeys - 1) / kTileKeys;
 }
 
-__device__ __forceinline__ void ListTiles(const Arguments& a, int32_t* first_tile) {
+// Lists where the items' tiles begin, but not for a single item; returns how many tiles there are.
+__device__ __forceinline__ int ListTiles(const Arguments& a, int32_t* first_tile) {
+  if (a.num_items == 1) return CountTiles(a, 0);
 #pragma unroll 1
   for (int item = threadIdx.x; item < a.num_items; item += kThreads) {
     first_tile[item + 1] = CountTiles(a, item);
   }
   if (threadIdx.x == 0) first_tile[0] = 0;
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  int lane = threadIdx.x, before = 0;
+  if (threadIdx.x < 32) {
+    int lane = threadIdx.x, before = 0;
 #pragma unroll 1
-  for (int item = lane; item - lane < a.num_items; item += 32) {
-    int sum = item < a.num_items ? first_tile[item + 1] : 0;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      int below = __shfl_up_sync(kAllLanes, sum, offset);
-      if (lane >= offset) sum += below;
+    for (int item = lane; item - lane < a.num_items; item += 32) {
+      int sum = item < a.num_items ? first_tile[item + 1] : 0;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        int below = __shfl_up_sync(kAllLanes, sum, offset);
+        if (lane >= offset) sum += below;
+      }
+      if (item < a.num_items) first_tile[item + 1] = before + sum;
+      before += __shfl_sync(kAllLanes, sum, 31);
     }
-    if (item < a.num_items) first_tile[item + 1] = before + sum;
-    before += __shfl_sync(kAllLanes, sum, 31);
   }
+  __syncthreads();
+  return first_tile[a.num_items];
 }
 
 __device__ __forceinline__ float SumOfQuad(float x) {
@@ -181,7 +185,7 @@ __device__ __forceinline__ void ScoreTile(const KeyFragment<Mma>& keys,
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    float sums[2] = {0.0f, 0.0f};
+    float sums[2][2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float2 w = *reinterpret_cast<const float2*>(&queries.half_weights[token][8 * i + 2 * lane]);
@@ -189,12 +193,12 @@ __device__ __forceinline__ void ScoreTile(const KeyFragment<Mma>& keys,
       for (int row = 0; row < 2; ++row) {
         // Twice relu, NaN for NaN; with the absolute value as a modifier it is one addition.
         float first = d[4 * i + 2 * row], second = d[4 * i + 2 * row + 1];
-        sums[row] = fmaf(w.x, first + fabsf(first), sums[row]);
-        sums[row] = fmaf(w.y, second + fabsf(second), sums[row]);
+        sums[row][0] = fmaf(w.x, first + fabsf(first), sums[row][0]);
+        sums[row][1] = fmaf(w.y, second + fabsf(second), sums[row][1]);
       }
     }
-    float first = SumOfQuad(sums[0]) * keys.factors[0];
-    float second = SumOfQuad(sums[1]) * keys.factors[1];
+    float first = SumOfQuad(sums[0][0] + sums[0][1]) * keys.factors[0];
+    float second = SumOfQuad(sums[1][0] + sums[1][1]) * keys.factors[1];
     int own = entry + 8 * lane;
     if (lane < 2 && own < queries.visible[token]) scores[own] = lane ? second : first;
   }
@@ -209,19 +213,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Mma>)
     ScoreKeys(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<Mma>*>(memory);
-  ListTiles(a, shared.first_tile);
-  FillMagnitudes(shared.magnitudes);
-  __syncthreads();
-  const int64_t total = shared.first_tile[a.num_items];
-  int tile = static_cast<int>(total * blockIdx.x / gridDim.x);
+  const int64_t total = ListTiles(a, shared.first_tile);
+  const int begin = static_cast<int>(total * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
-  if (tile == last) return;
+  if (begin == last) return;
 
   int item = 0;  // the one that tile belongs to: the last that does not begin after it
 #pragma unroll 1
   for (int above = a.num_items; above - item > 1;) {
     int middle = (item + above) / 2;
-    (shared.first_tile[middle] <= tile ? item : above) = middle;
+    (shared.first_tile[middle] <= begin ? item : above) = middle;
   }
   const int lane = threadIdx.x % kQuad;
   const int row_of_lane = threadIdx.x / 32 * 16 + threadIdx.x % 32 / kQuad;
@@ -229,16 +230,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Mma>)
   const uint8_t* codes = Key::CodesOfLane(a.codes + a.first_entry * Key::kCodeBytes, lane);
   const uint8_t* scales = Key::ScalesOfLane(a.scales + a.first_entry * Key::kScaleBytes, lane);
   asm("" : "+l"(codes), "+l"(scales));  // to be kept, not computed again for each tile
+  int tile = begin, item_begin = item == 0 ? 0 : shared.first_tile[item];
 #pragma unroll 1
-  while (tile < last) {
-    while (shared.first_tile[item + 1] <= tile) ++item;
+  for (; tile < last; ++item) {
+    const int item_end = a.num_items == 1 ? total : shared.first_tile[item + 1];
+    if (item_end <= tile) continue;
     const int sequence = item / a.items_per_sequence;
     const int first_token = item % a.items_per_sequence * a.tokens_per_item;
     const int count = min(a.tokens_per_item, a.num_tokens - first_token);
     const int64_t query = int64_t{sequence} * a.num_tokens + first_token;
-    const int end_tile = min(last, shared.first_tile[item + 1]);
+    const int end_tile = min(last, item_end);
     const int32_t* table = a.block_table + int64_t{sequence} * a.table_width;
-    int entry = (tile - shared.first_tile[item]) * kTileKeys + row_of_lane;
+    int entry = (tile - item_begin) * kTileKeys + row_of_lane;
+    item_begin = item_end;
     const int last_entry = entry + (end_tile - 1 - tile) * kTileKeys;
 
     // A warp's 16 rows are of one block, of which the lane's are 8 apart. Rows past the last entry
@@ -254,33 +258,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Mma>)
       rows[0].Load(row_codes, row_scales);
       rows[1].Load(row_codes + 8 * Key::kCodeBytes, row_scales + 8 * Key::kScaleBytes);
     };
-    Key rows[kPrefetch][2];
-    int32_t blocks[kPrefetch];
+    Key rows[2];
     auto ahead = [&](int tiles) { return min(entry + tiles * kTileKeys, last_entry); };
-#pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) blocks[i] = block_of(ahead(i));
-#pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) {
-      load(rows[i], blocks[i], ahead(i));
-      blocks[i] = block_of(ahead(i + kPrefetch));
-    }
+    load(rows, block_of(entry), entry);
+    int32_t block = block_of(ahead(1));
+    if (tile == begin) FillMagnitudes(shared.magnitudes);
     __syncthreads();  // the queries before are no longer needed
     shared.queries.template Load<Key>(a, query, count);
     __syncthreads();
     float* scores = a.scores + query * capacity;
 #pragma unroll 1
-    while (tile < end_tile) {
-#pragma unroll
-      for (int i = 0; i < kPrefetch; ++i) {
-        if (tile == end_tile) break;
-        KeyFragment<Mma> keys;
-        Key::Decode(rows[i], keys, shared.magnitudes);
-        load(rows[i], blocks[i], ahead(kPrefetch));
-        blocks[i] = block_of(ahead(2 * kPrefetch));
-        ScoreTile(keys, shared.queries, count, entry, capacity, scores);
-        entry += kTileKeys;
-        ++tile;
-      }
+    for (; tile < end_tile; ++tile, entry += kTileKeys) {
+      KeyFragment<Mma> keys;
+      Key::Decode(rows, keys, shared.magnitudes);
+      load(rows, block, ahead(1));
+      block = block_of(ahead(2));
+      ScoreTile(keys, shared.queries, count, entry, capacity, scores);
     }
   }
 }

@@ -1,11 +1,11 @@
 // topk_select: a warp for each short row with few to choose, else a block or a cluster of them.
 
+#include <algorithm>
 #include <climits>
 
 #include "dsv4/topk.h"
 #include "topk.cuh"
-#include "topk_chunk.cuh"
-#include "topk_resident.cuh"
+#include "topk_row.cuh"
 
 namespace dsv4 {
 namespace {
@@ -86,27 +86,14 @@ cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, const Arguments&
                             static_cast<uint32_t>(a.k), a.values, a.indices);
 }
 
-template <bool kSorted>
-cudaError_t LaunchChunks(cudaStream_t stream, const Arguments& a) {
-  chunk::SelectChunks<kSorted><<<static_cast<unsigned>(a.num_rows), kSelectThreads, 0, stream>>>(
-      a.scores, a.lengths, static_cast<uint32_t>(a.n), static_cast<uint32_t>(a.k), a.values,
-      a.indices);
-  return cudaGetLastError();
-}
-
-template <int kResident, bool kSorted>
-cudaError_t LaunchResidentRows(cudaStream_t stream, const Arguments& a, int64_t cluster) {
-  constexpr auto kernel = resident::SelectResidentRows<kResident, kSorted>;
-  constexpr size_t kBytes = resident::kCandidateCapacity<kResident> * 2 * sizeof(uint32_t);
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (allowed != cudaSuccess) return allowed;
-  return LaunchClusters(stream, kernel, a, cluster, kBytes);
+template <int kPerThread, bool kSpread, bool kSorted>
+cudaError_t LaunchHeldRows(cudaStream_t stream, const Arguments& a, int64_t cluster) {
+  return LaunchClusters(stream, row::SelectRows<kPerThread, kSpread, kSorted>, a, cluster, 0);
 }
 
 template <bool kSorted>
 cudaError_t LaunchStreamedRows(cudaStream_t stream, const Arguments& a, int64_t sm_count) {
-  constexpr auto kernel = SelectRows<kSorted>;
+  constexpr auto kernel = SelectStreamedRows<kSorted>;
   static const cudaError_t allowed = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SelectShared));
   if (allowed != cudaSuccess) return allowed;
@@ -121,27 +108,24 @@ cudaError_t LaunchStreamedRows(cudaStream_t stream, const Arguments& a, int64_t 
 
 template <bool kSorted>
 cudaError_t LaunchRows(cudaStream_t stream, const Arguments& a) {
-  if (a.n <= kChunk) return LaunchChunks<kSorted>(stream, a);
   constexpr int kFew = 16, kMany = 64;
   int sm_count = 0, device = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
-  // Few rows are spread until a thread has few elements, many only as far as registers demand.
-  // Clusters do not fit on all multiprocessors: a quarter is left to be on the safe side.
-  auto holds = [&](int64_t cluster, int resident) {
-    return cluster * resident * kSelectThreads >= a.n;
+  auto blocks_of_row = [&](int64_t per_thread) {
+    int64_t blocks = 1;
+    while (blocks * per_thread * kSelectThreads < a.n) blocks *= 2;
+    return blocks;
   };
-  int64_t cluster = 1;
-  while (cluster < kMaxCluster && !holds(cluster, kFew) &&
-         (8 * cluster * a.num_rows <= 3 * sm_count || !holds(cluster, kMany))) {
-    cluster *= 2;
+  // Rows are spread until a thread has few elements, unless blocks would wait.
+  const int64_t few = blocks_of_row(kFew), many = std::max<int64_t>(blocks_of_row(kMany), 2);
+  if (few == 1) return LaunchHeldRows<kFew, false, kSorted>(stream, a, 1);
+  if (few == 2) return LaunchHeldRows<2 * kFew, false, kSorted>(stream, a, 1);
+  if (few <= kMaxCluster && few * a.num_rows <= sm_count) {
+    return LaunchHeldRows<kFew, true, kSorted>(stream, a, few);
   }
-  // Rows that registers do not hold, and those for which blocks would wait.
-  if (!holds(cluster, kMany) || cluster * a.num_rows > sm_count) {
-    return LaunchStreamedRows<kSorted>(stream, a, sm_count);
-  }
-  return holds(cluster, kFew) ? LaunchResidentRows<kFew, kSorted>(stream, a, cluster)
-                              : LaunchResidentRows<kMany, kSorted>(stream, a, cluster);
+  if (many <= kMaxCluster) return LaunchHeldRows<kMany, true, kSorted>(stream, a, many);
+  return LaunchStreamedRows<kSorted>(stream, a, sm_count);
 }
 
 ffi::Error TopkSelect(cudaStream_t stream, ffi::AnyBuffer scores, ffi::AnyBuffer lengths,

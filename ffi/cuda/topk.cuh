@@ -1,4 +1,5 @@
-// Selection of a row's k largest scores by one thread block or by a cluster of them.
+// What selections share, and the selection of a row's k largest scores by one thread block or by a
+// cluster of them where registers do not hold the row.
 //
 // Blocks take consecutive parts of the row and read them in chunks. Scores that may be among the k
 // largest are kept in shared memory as candidates. The first bound is the least of as many groups'
@@ -112,12 +113,12 @@ struct Bin {
 
 // The bin in which the sum of counts from above reaches `needed`, and the sum above it. Every
 // thread finds it; the block is synchronised once.
-__device__ __forceinline__ Bin FindBin(const uint32_t* counts, uint32_t needed,
-                                       uint32_t* warp_sums) {
+//   counts_at: the counts of a pair of bins.
+template <typename CountsAt>
+__device__ __forceinline__ Bin FindBin(CountsAt counts_at, uint32_t needed, uint32_t* warp_sums) {
   static_assert(kBins == 2 * kSelectThreads && kSelectWarps <= kLanes, "a lane sums two bins");
-  int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const uint2* pairs = reinterpret_cast<const uint2*>(counts);
-  uint2 pair = pairs[threadIdx.x];
+  uint32_t lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  uint2 pair = counts_at(threadIdx.x);
   uint32_t sum = __reduce_add_sync(kWholeWarp, pair.x + pair.y);
   if (lane == 0) warp_sums[warp] = sum;
   __syncthreads();
@@ -127,11 +128,11 @@ __device__ __forceinline__ Bin FindBin(const uint32_t* counts, uint32_t needed,
   int crossing = __ffs(__ballot_sync(kWholeWarp, until >= needed)) - 1;
   uint32_t above = __shfl_sync(kWholeWarp, until - part, crossing);
 
-  int own = (kSelectWarps - 1 - crossing) * kLanes + kLanes - 1 - lane;
-  pair = pairs[own];
+  uint32_t own = (kSelectWarps - 1 - crossing) * kLanes + kLanes - 1 - lane;
+  pair = counts_at(own);
   until = above + WarpInclusiveSum(pair.x + pair.y);
   crossing = __ffs(__ballot_sync(kWholeWarp, until >= needed)) - 1;
-  Bin found{static_cast<uint32_t>(2 * own + 1), until - pair.x - pair.y, pair.y};
+  Bin found{2 * own + 1, until - pair.x - pair.y, pair.y};
   if (found.above + found.count < needed) found = {found.bin - 1, found.above + pair.y, pair.x};
   return {__shfl_sync(kWholeWarp, found.bin, crossing),
           __shfl_sync(kWholeWarp, found.above, crossing),
@@ -167,7 +168,9 @@ __device__ __forceinline__ Candidate FindLeast(SelectShared& shared, const Kept&
       if (candidate >= lowest && bin < num_bins) atomicAdd(&shared.counts[bin], 1u);
     }
     __syncthreads();
-    Bin found = FindBin(shared.counts, needed, shared.warp_extremes);
+    Bin found = FindBin(
+        [&](uint32_t pair) { return uint2{shared.counts[2 * pair], shared.counts[2 * pair + 1]}; },
+        needed, shared.warp_extremes);
     needed -= found.above;
     lowest += uint64_t{found.bin} << shift;
     bits = shift;
@@ -380,8 +383,9 @@ __device__ __forceinline__ void BitonicSort(Candidate* x, uint32_t size) {
 
 template <bool kSorted>
 __global__ void __launch_bounds__(kSelectThreads, kBlocksPerSm)
-    SelectRows(const float* __restrict__ scores, const int32_t* __restrict__ lengths, uint32_t n,
-               uint32_t k, float* __restrict__ values, int32_t* __restrict__ indices) {
+    SelectStreamedRows(const float* __restrict__ scores, const int32_t* __restrict__ lengths,
+                       uint32_t n, uint32_t k, float* __restrict__ values,
+                       int32_t* __restrict__ indices) {
   extern __shared__ __align__(16) unsigned char memory[];
   SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   const auto cluster = cooperative_groups::this_cluster();
