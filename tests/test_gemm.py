@@ -53,7 +53,7 @@ def check(x, weight, values, implementation, dtype, round_input=False):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("weight_format", tiled.FORMATS)
-@pytest.mark.parametrize("num_rows", [3, 17])
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
 def test_rows(weight_format, num_rows, implementation):
     arrays, values = weight_arrays(weight_format, (128, 256), seed=num_rows, spread=3)
     weight = tile(weight_format, arrays)
@@ -85,6 +85,7 @@ def test_one_input_ten_thousand_times_the_rest(weight_format, implementation):
     weight = tile(weight_format, arrays)
     check(x, weight, values, implementation, jnp.float32)
     check(x, weight, values, implementation, jnp.float32, round_input=True)
+    check(x[1:2], weight, values, implementation, jnp.float32)
     alone = gemm(x[2:3], weight, implementation=implementation)
     together = gemm(x, weight, implementation=implementation)[2:3]
     assert error(together, float64(alone)) <= 1e-5
@@ -141,7 +142,7 @@ def test_segments_have_their_own_format_rounding_and_dtype(implementation):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("num_rows", [2, 20])
+@pytest.mark.parametrize("num_rows", [1, 2, 20])
 def test_groups(num_rows, implementation):
     arrays, values = weight_arrays("fp8_block", (256, 256), spread=3)
     x = inputs((num_rows, 2, 256))
@@ -233,7 +234,7 @@ def test_the_output_head(num_rows):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [9, 16, 20, 33, 64])
+@pytest.mark.parametrize("num_rows", [1, 9, 16, 20, 33, 64])
 def test_segments_of_two_formats(num_rows):
     """FP8 and bfloat16 weights, up to 64 rows: one launch."""
     x = inputs((num_rows, 4096))

@@ -8,6 +8,7 @@
 #include "dsv4/coded_inputs.h"
 #include "dsv4/gemm.h"
 #include "gemm_direct_launch.cuh"
+#include "gemm_row_launch.cuh"
 #include "gemm_tiled_launch.cuh"
 
 namespace dsv4 {
@@ -45,6 +46,32 @@ cudaError_t Direct(const GemmCall& call, int num_blocks, cudaStream_t stream) {
   return launch(bf16);
 }
 
+// Whether the kernel for one row is launched, with as many warps as are fastest on an H200.
+// Segments are sorted by their format.
+bool LaunchIfRow(const GemmCall& call, int num_blocks, cudaStream_t stream, cudaError_t& status) {
+  using F = WeightFormat;
+  // Fewer warps start sooner, more hide more of what the memory takes.
+  constexpr int kFewLog2 = 4, kManyLog2 = 5;
+  constexpr int64_t kFewBytes = 64 << 10;  // of FP8 weights to each block
+  const F first = call.segments.front().format, last = call.segments.back().format;
+  int64_t outputs = 0;
+  for (const GemmSegment& segment : call.segments) {
+    if (segment.format == F::kBf16 && segment.round_input) return false;
+    outputs += segment.num_outputs;
+  }
+  if (first == F::kFp8Block && last == F::kFp8Block) {
+    return outputs * call.width < num_blocks * kFewBytes
+               ? LaunchRow<kFewLog2, F::kFp8Block>(call, num_blocks, stream, status)
+               : LaunchRow<kManyLog2, F::kFp8Block>(call, num_blocks, stream, status);
+  }
+  if (first == F::kFp8Block || first == F::kBf16) {
+    return LaunchRow<kManyLog2, F::kFp8Block, F::kBf16>(call, num_blocks, stream, status);
+  }
+  if (first != last) return false;
+  return first == F::kMxfp4 ? LaunchRow<kFewLog2, F::kMxfp4>(call, num_blocks, stream, status)
+                            : LaunchRow<kFewLog2, F::kNvfp4>(call, num_blocks, stream, status);
+}
+
 // Whether the kernel that keeps the inputs is the fastest, as measured on an H200; then it is
 // launched.
 bool LaunchIfDirect(const GemmCall& unsorted, bool hopper, int num_blocks, cudaStream_t stream,
@@ -54,6 +81,7 @@ bool LaunchIfDirect(const GemmCall& unsorted, bool hopper, int num_blocks, cudaS
   std::stable_sort(
       call.segments.begin(), call.segments.end(),
       [](const GemmSegment& a, const GemmSegment& b) { return a.format < b.format; });
+  if (call.num_rows == 1 && LaunchIfRow(call, num_blocks, stream, status)) return true;
   if (call.num_rows <= 8) {
     status = Direct<1>(call, num_blocks, stream);
   } else if (call.num_rows <= kMaxStreamedRows) {

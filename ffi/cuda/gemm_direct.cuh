@@ -42,7 +42,7 @@ struct DirectKernel {
   }
 
   struct Shared {
-    uint64_t* ready;   // sums from the cluster's blocks, of even and of odd turns
+    uint64_t* ready;   // sums from the cluster's blocks, of even and of odd turns; two are spare
     uint64_t* loaded;  // parts of the inputs
     uint8_t* inputs;   // [tokens, blocks of 128 and padding]
     int row_bytes;
@@ -52,7 +52,7 @@ struct DirectKernel {
 
     __device__ __forceinline__ Shared(const DirectParams& p, uint8_t* memory)
         : ready(reinterpret_cast<uint64_t*>(memory)),
-          loaded(ready + 2),
+          loaded(ready + kParts),
           inputs(memory + 128),
           row_bytes(p.max_blocks * kBlockBytes + kInputPadding),
           input_scales(reinterpret_cast<float*>(inputs + kTokens * row_bytes)),
@@ -232,9 +232,9 @@ struct DirectKernel {
 #pragma unroll
       for (int i = 0; i < 16; i += 2) {
         if constexpr (format == WeightFormat::kFp8Block) {
-          const uint32_t codes = InputCodes(words[i], words[i + 1], scale);
-          words[i] = HalvesOfCodes(codes);
-          words[i + 1] = HalvesOfCodes(codes >> 16);
+          const uint2 halves = HalvesOfCodes(InputCodes(words[i], words[i + 1], scale));
+          words[i] = halves.x;
+          words[i + 1] = halves.y;
         } else {
           words[i] = RoundInput(words[i], scale);
           words[i + 1] = RoundInput(words[i + 1], scale);
@@ -282,10 +282,9 @@ struct DirectKernel {
         const uint4& chunk = ahead.chunks[turn][r][step / kSteps];
         Fragment a;
         if constexpr (kCodes) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            a.x[i] = HalvesOfCodes((&chunk.x)[step % kSteps * 2 + i % 2] >> (16 * (i / 2)));
-          }
+          const uint2 first = HalvesOfCodes((&chunk.x)[step % kSteps * 2]);
+          const uint2 second = HalvesOfCodes((&chunk.x)[step % kSteps * 2 + 1]);
+          a = {{first.x, second.x, first.y, second.y}};
         } else {
           a = Tiles::Decode(chunk, step % kSteps, Tiles::Scales(raw[r], step / kSteps));
         }
@@ -466,7 +465,7 @@ struct DirectKernel {
     const int warp = threadIdx.x / 32;
     if (warp < kParts && threadIdx.x % 32 == 0) {
       InitBarrier(shared.loaded + warp, 1);
-      if (warp < 2) InitBarrier(shared.ready + warp, 1);
+      InitBarrier(shared.ready + warp, 1);
       FenceBarrierInit();
     }
     __syncwarp();

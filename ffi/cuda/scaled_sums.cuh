@@ -33,13 +33,13 @@ __device__ __forceinline__ Fragment UnpackCodes(uint32_t low, uint32_t high) {
 
 // Of step 2 * part + odd, from a lane's chunks.
 template <WeightFormat format>
-__device__ __forceinline__ Fragment CodesOfStep(const uint4 (&words)[NumChunks(format)], int part,
+__device__ __forceinline__ Fragment CodesOfStep(const uint4 (&chunks)[NumChunks(format)], int part,
                                                 int odd) {
   if constexpr (format == WeightFormat::kFp8Block) {
-    const uint4& chunk = words[part];
+    const uint4& chunk = chunks[part];
     return odd ? UnpackCodes(chunk.z, chunk.w) : UnpackCodes(chunk.x, chunk.y);
   } else {
-    return UnpackCodes((&words[part / 2].x)[part % 2 * 2 + odd]);
+    return UnpackCodes((&chunks[part / 2].x)[part % 2 * 2 + odd]);
   }
 }
 
@@ -85,23 +85,30 @@ struct SumScales<WeightFormat::kFp8Block> {
   }
 };
 
+// A warp tile's chunks, of which `first` is the lane's first.
+template <int kChunks>
+__device__ __forceinline__ void LoadChunks(uint4 (&chunks)[kChunks], const uint8_t* first) {
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    chunks[i] = *reinterpret_cast<const uint4*>(first + i * kChunkBytes);
+  }
+}
+
 // sums += products of a warp tile's outputs g and g + 8 with a column for each lane 4 g + t of a
 // quad g: `load(part)` gives inputs of steps 2 part and 2 part + 1 in lanes whose t is g % 4, and
 // zeros in the others. A column has the products of one quad lane's inputs; lane 4 g + t sums those
-// of columns 2 t and 2 t + 1, whose scales are `scales`. `tile` is the lane's first chunk.
+// of columns 2 t and 2 t + 1, whose scales are `scales`. `chunks` are the lane's.
 template <WeightFormat format, typename Load>
-__device__ __forceinline__ void AddScaledProducts(float (&sums)[2], const uint4* tile,
+__device__ __forceinline__ void AddScaledProducts(float (&sums)[2],
+                                                  const uint4 (&chunks)[NumChunks(format)],
                                                   const SumScales<format>& scales, Load load) {
   constexpr int kParts = kStepsPerBlock / 2;
-  uint4 words[NumChunks(format)];
-#pragma unroll
-  for (int i = 0; i < NumChunks(format); ++i) words[i] = tile[i * (kChunkBytes / 16)];
   float acc[4] = {};
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const uint4 inputs = load(part);
-    Multiply(acc, CodesOfStep<format>(words, part, 0), inputs.x, inputs.y);
-    Multiply(acc, CodesOfStep<format>(words, part, 1), inputs.z, inputs.w);
+    Multiply(acc, CodesOfStep<format>(chunks, part, 0), inputs.x, inputs.y);
+    Multiply(acc, CodesOfStep<format>(chunks, part, 1), inputs.z, inputs.w);
     const bool ends_half = part == kParts / 2 - 1;
     if (part != kParts - 1 && !(SumScales<format>::kOfHalves && ends_half)) continue;
 #pragma unroll

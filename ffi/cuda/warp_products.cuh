@@ -30,10 +30,16 @@ __device__ __forceinline__ void MultiplyF16(float (&acc)[4], const Fragment& a, 
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
 }
 
-// Two E4M3 codes as float16, which holds all of them.
-__device__ __forceinline__ uint32_t HalvesOfCodes(uint32_t codes) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+// Four E4M3 codes as float16, which holds all of them.
+__device__ __forceinline__ uint2 HalvesOfCodes(uint32_t codes) {
+  uint2 halves;
+  // As halves of a register, so that no shift is needed.
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(codes));
   return halves;
 }
 

@@ -122,6 +122,17 @@ def _from_e4m3(i):
     return run
 
 
+@_instruction("cvt.rn.f16x2.f32")
+def _to_halves(i):
+    high, low = (reader(o, "f4") for o in i.operands[1:])
+    write = writer(i.operands[0], "u4")
+
+    def run(warp, mask):
+        write(warp, mask, np.stack([low(warp), high(warp)], 1).astype("f2").view("u4")[:, 0])
+
+    return run
+
+
 @_instruction("redux.sync.add")
 def _sum_of_lanes(i):
     value, write = reader(i.operands[1], "u4"), writer(i.operands[0], "u4")
