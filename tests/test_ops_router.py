@@ -11,7 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 import dsv4_ffi
 from dsv4_jax.formats import nvfp4
-from dsv4_jax.ops.dense_router import MAX_KERNEL_TOKENS, Nvfp4Gate, dense_router, gate_logits
+from dsv4_jax.ops.dense_router import (
+    MAX_KERNEL_TOKENS,
+    MAX_TILED_TOKENS,
+    MIN_TILED_TOKENS,
+    Nvfp4Gate,
+    dense_router,
+    gate_logits,
+)
 from dsv4_jax.ops.router import activation_topk
 from tests.oracles.router import normalized, scored_ids, sqrt_softplus
 
@@ -269,10 +276,20 @@ def test_what_the_kernels_do_not_hold_is_refused():
         (bf16((2, 32)), jnp.zeros((8, 32)), "bfloat16 or NVFP4, not float32"),
         (bf16((2, 20)), bf16((8, 20)), "a width that 8 divides"),
         (bf16((2, 32)), bf16((385, 32)), "at most 384 experts"),
-        (bf16((65, 32)), bf16((8, 32)), "at most 64 tokens"),
+        (bf16((65, 32)), nvfp4_gate(jnp.ones((8, 32))), "an NVFP4 gate for at most 64 tokens"),
+        (bf16((65, 8)), bf16((8, 8)), "at most 64 tokens, or 512 to 2048"),
+        (bf16((2049, 8)), bf16((8, 8)), "at most 64 tokens, or 512 to 2048"),
     ]:
         with pytest.raises(NotImplementedError, match=reason):
             dense_router(x, gate, jnp.zeros(gate.shape[0]), 2, 1.0, "ffi")
+
+
+def test_tiles_are_for_hopper(monkeypatch):
+    blackwell = [SimpleNamespace(compute_capability="10.0")]
+    monkeypatch.setattr(jax, "local_devices", lambda: blackwell)
+    x, gate, bias = tokens_and_gate(MIN_TILED_TOKENS, 8, 32)
+    with pytest.raises(NotImplementedError, match=r"more than 64 .* sm_90, the device has 10\.0"):
+        dense_router(x, gate, bias, 2, 1.0, "ffi")
 
 
 def tokens_and_gate(num_tokens, num_experts, width, seed=0):
@@ -309,6 +326,12 @@ def test_dense_router(num_tokens, implementation):
 @pytest.mark.parametrize("implementation", [None, "unfused"])
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(65, 384), (1000, 256), (16384, 20)])
 def test_dense_router_of_many_tokens(num_tokens, num_experts, implementation):
+    check_dense(implementation, *tokens_and_gate(num_tokens, num_experts, 64), k=4)
+
+
+@pytest.mark.parametrize("implementation", [FFI])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(512, 384), (1000, 256), (2000, 21)])
+def test_dense_router_in_tiles(num_tokens, num_experts, implementation):
     check_dense(implementation, *tokens_and_gate(num_tokens, num_experts, 64), k=4)
 
 
@@ -382,11 +405,18 @@ def test_dense_under_transformations(implementation):
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6)
 
 
-def test_the_fused_kernel_is_for_few_tokens(monkeypatch):
-    """Without a name many tokens take the product first."""
+def test_the_kernels_are_for_the_tokens_that_they_gain_with(monkeypatch):
+    """Without a name other numbers of tokens take XLA's product first."""
     on_cuda = SimpleNamespace(platform=lambda: "cuda")
     monkeypatch.setattr("dsv4_jax.ops.dispatch.dsv4_ffi", on_cuda)
-    for num_tokens, fused in [(MAX_KERNEL_TOKENS, True), (MAX_KERNEL_TOKENS + 1, False)]:
+    few, least, most = MAX_KERNEL_TOKENS, MIN_TILED_TOKENS, MAX_TILED_TOKENS
+    for num_tokens, fused in [
+        (few, True),
+        (few + 1, False),
+        (least - 1, False),
+        (least, True),
+        (most + 1, False),
+    ]:
         x, gate, bias = tokens_and_gate(num_tokens, 256, 64)
         traced = jax.jit(partial(dense_router, top_k=6, scale=1.0)).trace(x, gate, bias)
         text = str(traced.jaxpr)
@@ -407,6 +437,24 @@ def test_dense_router_on_a_gpu(num_tokens, num_experts, width):
     x, gate, bias = tokens_and_gate(num_tokens, num_experts, width)
     check_dense("ffi", x, gate, bias)
     check_dense("ffi", x, nvfp4_gate(gate), bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "width"),
+    [
+        (n, *gate)
+        for gate in ((8, 16), (21, 504), (300, 1008), (256, 4096), (384, 7168))
+        for n in (65, 512, 1000, 2048)
+    ],
+)
+def test_tiles_on_a_gpu(monkeypatch, num_tokens, num_experts, width):
+    monkeypatch.setattr("dsv4_jax.ops.dense_router.MIN_TILED_TOKENS", 65)
+    x, gate, bias = tokens_and_gate(num_tokens, num_experts, width)
+    check_dense("ffi", x, gate, bias)
+    route = jax.jit(partial(dense_router, top_k=6, scale=SCALE, implementation="ffi"))
+    for first, again in zip(route(x, gate, bias), route(x, gate, bias), strict=True):
+        np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.gpu

@@ -19,10 +19,16 @@ from dsv4_jax.ops.router import (
     straight_through,
 )
 
-# What the kernel holds.
+# What the kernels hold; tokens of one launch.
 MAX_KERNEL_TOKENS = 64
 MAX_KERNEL_EXPERTS = 384
 MAX_FUSED_TOP_K = 8
+# Tiles of tokens, and of experts; for fewer and for more tokens XLA's product is faster
+# (`benchmarks/router.py`).
+TILE = 128
+MIN_TILED_TOKENS, MAX_TILED_TOKENS = 512, 2048
+MAX_SLICES = 8
+SLICE_COLUMNS = 64
 
 
 class Nvfp4Gate(NamedTuple):
@@ -80,9 +86,10 @@ def dense_router(
         bias: [E], for the selection only.
         top_k: experts of a token, at most E.
         scale: what the weights of a token add up to.
-        implementation: "ffi" (one launch: up to 64 tokens in bfloat16, a gate in bfloat16 or
-            NVFP4 of up to 384 experts, top_k up to 8), "unfused" (the product, then the fastest
-            activation_topk), "xla" or None for the first of these that supports the arguments.
+        implementation: "ffi" (tokens in bfloat16, up to 64 in one launch, 512 to 2,048 in two; a
+            gate in bfloat16 or, of up to 64 tokens, NVFP4, up to 384 experts, top_k up to 8),
+            "unfused" (the product, then the fastest activation_topk), "xla" or None for the first
+            of these that supports the arguments.
 
     Returns:
         (weights float32, ids int32), [..., k] each, as of `activation_topk`.
@@ -127,6 +134,34 @@ def kernel_operands(name: str, x: Array, gate: Gate) -> tuple[Array, Array, Arra
     return gate, jnp.zeros(0, jnp.float8_e4m3fn), jnp.zeros(0, jnp.float32)
 
 
+def _scratch_shape(num_tokens: int, num_experts: int, width: int) -> tuple[int, ...]:
+    """What blocks leave for each other: scores; of many tokens sums over slices of the width."""
+    if num_tokens <= MAX_KERNEL_TOKENS:
+        return num_tokens, num_experts
+    tiles = -(-num_tokens // TILE) * -(-num_experts // TILE)
+    # As many blocks as there are multiprocessors.
+    slices = max(1, min(MAX_SLICES, 132 // tiles, width // SLICE_COLUMNS))
+    return slices, num_tokens, -(-num_experts // 4) * 4
+
+
+def _check_tiled(num_tokens: int, gate: Gate) -> None:
+    if isinstance(gate, Nvfp4Gate):
+        raise NotImplementedError(
+            f"dense_router: the kernel takes an NVFP4 gate for at most {MAX_KERNEL_TOKENS} tokens"
+        )
+    if not MIN_TILED_TOKENS <= num_tokens <= MAX_TILED_TOKENS:
+        raise NotImplementedError(
+            f"dense_router: the kernels take at most {MAX_KERNEL_TOKENS} tokens, or "
+            f"{MIN_TILED_TOKENS} to {MAX_TILED_TOKENS}"
+        )
+    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
+    if not capability.startswith("9."):
+        raise NotImplementedError(
+            f"dense_router: more than {MAX_KERNEL_TOKENS} tokens are for sm_90, the device has "
+            f"{capability}"
+        )
+
+
 def _unfused(x: Array, gate: Gate, bias: Array, *, top_k: int, scale: float) -> Routing:
     return activation_topk(gate_logits(x, gate), bias, top_k, scale)
 
@@ -137,11 +172,9 @@ def _xla(x: Array, gate: Gate, bias: Array, *, top_k: int, scale: float) -> Rout
 
 def _ffi(x: Array, gate: Gate, bias: Array, *, top_k: int, scale: float) -> Routing:
     check_kernel("dense_router", bias.shape[0], top_k, MAX_KERNEL_EXPERTS, MAX_FUSED_TOP_K)
-    if num_tokens(x) > MAX_KERNEL_TOKENS:
-        raise NotImplementedError(
-            f"dense_router: the kernel takes at most {MAX_KERNEL_TOKENS} tokens"
-        )
     kernel_operands("dense_router", x, gate)
+    if num_tokens(x) > MAX_KERNEL_TOKENS:
+        _check_tiled(num_tokens(x), gate)
 
     def route(x: Array, gate: Gate, bias: Array) -> Routing:
         rows = x.reshape(-1, x.shape[-1])
@@ -151,7 +184,9 @@ def _ffi(x: Array, gate: Gate, bias: Array, *, top_k: int, scale: float) -> Rout
             (
                 jax.ShapeDtypeStruct(shape, jnp.float32),
                 jax.ShapeDtypeStruct(shape, jnp.int32),
-                jax.ShapeDtypeStruct((rows.shape[0], bias.shape[0]), jnp.float32),
+                jax.ShapeDtypeStruct(
+                    _scratch_shape(len(rows), len(bias), x.shape[-1]), jnp.float32
+                ),
             ),
             rows,
             *kernel_operands("dense_router", x, gate),

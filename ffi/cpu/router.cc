@@ -95,9 +95,8 @@ class Gate {
 ffi::Error DenseRouter(ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer scales,
                        ffi::AnyBuffer global_scale, ffi::AnyBuffer bias, float scale,
                        ffi::Result<ffi::AnyBuffer> weights, ffi::Result<ffi::AnyBuffer> ids,
-                       ffi::Result<ffi::AnyBuffer> all_scores) {
-  DSV4_CHECK(
-      ExpectDenseRouter(x, gate, scales, global_scale, bias, *weights, *ids, *all_scores));
+                       ffi::Result<ffi::AnyBuffer> scratch) {
+  DSV4_CHECK(ExpectDenseRouter(x, gate, scales, global_scale, bias, *weights, *ids, *scratch));
   int64_t num_tokens = x.dimensions()[0], width = x.dimensions()[1];
   int64_t num_experts = gate.dimensions()[0], top_k = ids->dimensions()[1];
   Gate rows(gate, scales, global_scale, width);
@@ -107,7 +106,6 @@ ffi::Error DenseRouter(ffi::AnyBuffer x, ffi::AnyBuffer gate, ffi::AnyBuffer sca
     for (int64_t expert = 0; expert < num_experts; ++expert) {
       scores[expert] = rows.Score(row, expert);
     }
-    std::copy(scores.begin(), scores.end(), all_scores->typed_data<float>() + token * num_experts);
     Route(scores, bias.typed_data<float>(), top_k, scale,
           weights->typed_data<float>() + token * top_k, ids->typed_data<int32_t>() + token * top_k);
   }

@@ -209,4 +209,23 @@ __device__ __forceinline__ void RouteToken(const float (&numbers)[kPerLane],
   StoreRoute<kTopK>(expert, experts.scores[expert], top_k, scale, weights, ids);
 }
 
+// Routes one token by a warp, from its logits; the lane's part of them and of the bias, -inf where
+// there is no expert.
+template <int kTopK, int kPerLane>
+__device__ __forceinline__ void RouteLogits(const float (&logits)[kPerLane],
+                                            const float (&biases)[kPerLane],
+                                            TokenExperts<kPerLane>& experts, int top_k, float scale,
+                                            float* weights, int32_t* ids) {
+  float scores[kPerLane], numbers[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    scores[i] = SqrtSoftplus(logits[i]);
+    numbers[i] = Biased(scores[i], biases[i]);
+  }
+  StoreLane(experts.scores, scores);
+  StoreLane(experts.numbers, numbers);
+  __syncwarp();
+  RouteToken<kTopK>(numbers, experts, top_k, scale, weights, ids);
+}
+
 }  // namespace dsv4

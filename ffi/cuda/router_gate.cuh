@@ -9,12 +9,24 @@
 
 namespace dsv4 {
 
+// Eight to shared memory, asynchronously; zeros where there is nothing to copy.
+__device__ __forceinline__ void CopyLater(uint16_t* to, const uint16_t* from, bool exists) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 struct Bfloat16Gate {
   const uint16_t* weights;  // [E, width]
   int64_t width;
 
   __device__ __forceinline__ uint4 Load8(int64_t expert, int column) const {
     return __ldg(reinterpret_cast<const uint4*>(weights + expert * width + column));
+  }
+  __device__ __forceinline__ void Copy8(uint16_t* to, int64_t expert, int column,
+                                        bool exists) const {
+    CopyLater(to, weights + expert * width + column, exists);
   }
   __device__ __forceinline__ float Scale() const { return 1.0f; }
 };
@@ -36,6 +48,10 @@ struct Nvfp4Gate {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i] = Scaled(eight >> (8 * i), factor);
     return result;
+  }
+  __device__ __forceinline__ void Copy8(uint16_t* to, int64_t expert, int column,
+                                        bool exists) const {
+    *reinterpret_cast<uint4*>(to) = exists ? Load8(expert, column) : uint4{};
   }
   __device__ __forceinline__ float Scale() const { return __ldg(global_scale); }
 

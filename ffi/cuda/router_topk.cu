@@ -29,18 +29,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, kPerLane <= 8 ? kBlocksPerSm :
   // Warps behind the last token stay with the others, so that all lanes are known to be together.
   for (uint32_t begin = blockIdx.x * kWarps; begin < num_tokens; begin += step) {
     const uint64_t token = min(begin + warp, num_tokens - 1);
-    float scores[kPerLane], numbers[kPerLane];
-    LoadLane<kPerLane, kFull>(logits + token * num_experts, num_experts, 0.0f, scores);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      scores[i] = SqrtSoftplus(scores[i]);
-      numbers[i] = Biased(scores[i], biases[i]);
-    }
-    StoreLane(experts.scores, scores);
-    StoreLane(experts.numbers, numbers);
-    __syncwarp();
-    RouteToken<kTopK>(numbers, experts, top_k, scale, weights + token * top_k,
-                      ids + token * top_k);
+    float row[kPerLane];
+    LoadLane<kPerLane, kFull>(logits + token * num_experts, num_experts, 0.0f, row);
+    RouteLogits<kTopK>(row, biases, experts, top_k, scale, weights + token * top_k,
+                       ids + token * top_k);
     __syncwarp();
   }
 }

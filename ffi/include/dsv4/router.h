@@ -11,10 +11,11 @@ namespace dsv4 {
 
 constexpr int64_t kMaxTopK = 16;
 constexpr int64_t kMaxExperts = 1024;
-// Of one call of dense_router.
+// Of one call of dense_router; tokens of one launch.
 constexpr int64_t kMaxGateTokens = 64;
 constexpr int64_t kMaxGateExperts = 384;
 constexpr int64_t kMaxGateTopK = 8;
+constexpr int64_t kGateSliceColumns = 64;  // slices are multiples of so many
 constexpr int64_t kNvfp4ScaleGroup = 16;
 
 inline ffi::Error ExpectRange(const char* name, int64_t got, int64_t lowest, int64_t highest) {
@@ -70,19 +71,28 @@ inline ffi::Error ExpectActivationTopk(const ffi::AnyBuffer& logits, const ffi::
   return ExpectMultiple("rows of logits, by rows of bias", num_tokens, num_biases);
 }
 
+// `scratch` is what the blocks of a launch leave for each other: [N, E], or of more tokens than one
+// launch takes [slices of the width, N, E rounded up to 4].
 inline ffi::Error ExpectDenseRouter(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
                                     const ffi::AnyBuffer& scales,
                                     const ffi::AnyBuffer& global_scale, const ffi::AnyBuffer& bias,
                                     const ffi::AnyBuffer& weights, const ffi::AnyBuffer& ids,
-                                    const ffi::AnyBuffer& scores) {
+                                    const ffi::AnyBuffer& scratch) {
   DSV4_CHECK(ExpectGate(x, gate, scales, global_scale));
   int64_t num_tokens = x.dimensions()[0], num_experts = gate.dimensions()[0];
-  DSV4_CHECK(ExpectRange("x's rows", num_tokens, 0, kMaxGateTokens));
   DSV4_CHECK(ExpectRange("experts", num_experts, 1, kMaxGateExperts));
   DSV4_CHECK(Expect("bias", bias, ffi::DataType::F32, {num_experts}));
   DSV4_CHECK(ExpectRouting(num_tokens, weights, ids));
   DSV4_CHECK(ExpectTopK(num_experts, ids.dimensions()[1], kMaxGateTopK));
-  return Expect("scores", scores, ffi::DataType::F32, {num_tokens, num_experts});
+  if (num_tokens <= kMaxGateTokens) {
+    return Expect("scratch", scratch, ffi::DataType::F32, {num_tokens, num_experts});
+  }
+  DSV4_CHECK(ExpectRange("x's rows", num_tokens, 0, INT32_MAX / kMaxGateExperts));
+  DSV4_CHECK(ExpectDtype("gate of more than 64 tokens", gate, {ffi::DataType::BF16}));
+  DSV4_CHECK(Expect("scratch", scratch, ffi::DataType::F32,
+                    {kAnySize, num_tokens, (num_experts + 3) / 4 * 4}));
+  int64_t num_slices = scratch.dimensions()[0], width = x.dimensions()[1];
+  return ExpectRange("slices", num_slices, 1, (width + kGateSliceColumns - 1) / kGateSliceColumns);
 }
 
 inline ffi::Error ExpectHashRouter(const ffi::AnyBuffer& x, const ffi::AnyBuffer& gate,
