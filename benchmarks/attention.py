@@ -27,7 +27,7 @@ CONTEXTS = (4096, 16384, 65536, 262144, 1048576)
 # (kind, heads, batch, tokens of each sequence, entries)
 Shape = tuple[str, int, int, int, int]
 # FlashMLA's sparse kernels on an H200, records from memory, without the inverse rotation
-# (2026-11-21). Prefill from a BF16 workspace.
+# (2026-11-21). Prefill from a BF16 workspace, ours from records by way of one.
 PEERS: dict[Shape, float | None] = {
     **{("csa", 64, b, 1, 512): us for b, us in {1: 15.2, 16: 20.2, 64: 45.3, 128: 46.5}.items()},
     **{("csa", 128, b, 1, 1024): us for b, us in {1: 16.8, 16: 31.9, 64: 62.5, 128: 120}.items()},
@@ -134,14 +134,15 @@ def context_row(context: int, window_us: float, selected_us: float) -> dict[str,
 
 def write_sparse() -> None:
     rows: list[dict[str, Any]] = [sparse_row(shape) for shape in PEERS]
-    # What a quarter of a prefill from a workspace would need beside it.
-    gathered = cache_writes.gather_row(512, 512)
+    # As many entries as that prefill first writes to its workspace.
+    num_rows = 16384 + 2048 + WINDOW - 1
+    gathered = cache_writes.gather_row(1, num_rows)
     rows.append(
         {
             "kind": "gather_kv",
             "batch": 1,
-            "tokens": 512,
-            "entries": 512,
+            "tokens": 1,
+            "entries": num_rows,
             "us": gathered["us"],
             "bytes_floor_us": gathered["floor_us"],
         }

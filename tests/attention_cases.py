@@ -132,10 +132,14 @@ def written(case):
 
 def expected(case):
     o = np.zeros(case.q.shape)
+    all_tokens, all_entries = (
+        [record_values(*records, ROTARY) for records in sequences]
+        for sequences in (case.tokens, case.entries)
+    )
     for s, i in np.ndindex(*case.q.shape[:2]):
         if i >= case.length[s]:
             continue
-        tokens, entries = (record_values(*x[s], ROTARY) for x in (case.tokens, case.entries))
+        tokens, entries = all_tokens[s], all_entries[s]
         newest = len(tokens) - case.q.shape[1] + i + 1
         position = int(case.start[s]) + i
         if case.ids is not None:

@@ -15,12 +15,19 @@ from dsv4_jax.ops.attention import Source, attention, selected_source
 from dsv4_jax.ops.dispatch import dispatch
 from dsv4_jax.ops.rotary import rotate
 
-# What the CUDA kernel is made for: heads and slots of a tile, channels, rotary channels.
+# What the CUDA kernels are made for: heads and slots of a tile, channels, rotary channels.
 _TILE, _WIDTH, _ROTARY = 64, 512, 64
 _MULTIPROCESSORS = 132
+# The kernel of few queries takes so many slots at once. As many clusters of so many blocks each are
+# on the card at a time, one block a multiprocessor.
+_CHUNK = 32
+_CLUSTERS = {8: 15, 4: 30, 2: 66}
 # So many parts of a query are combined by the two thread blocks that have them, more of them by a
 # second kernel, which has place for so many.
 _PAIR, _MAX_PARTS = 2, 256
+# From so many tokens of a sequence on, all entries that they can see are first written densely: at
+# most so many rows for each token, and so many altogether.
+_DENSE_TOKENS, _DENSE_ROWS_PER_TOKEN, _DENSE_ROWS = 64, 128, 1 << 19
 # Batch-invariant: parts depend on nothing but the query's own entries.
 _INVARIANT_SPLITS, _INVARIANT_BLOCKS = 8, 4
 
@@ -198,14 +205,16 @@ def _ffi(
     if ids is None:
         ids = jnp.zeros((b, t, 0), jnp.int32)
     num_entries = ids.shape[2] or table.shape[1] * pool[0].shape[2]
-    tiles = b * t * -(-h // _TILE)
-    rule = _split_rule(tiles, -(-(window + num_entries) // _TILE), batch_invariant)
-    parts = tiles * rule[0] if rule[0] > _PAIR else 0
-    o, _ = dsv4_ffi.call(
+    plan = _plan(b * t, h, window + num_entries, batch_invariant)
+    in_parts = plan.heads_each == _TILE and plan.max_splits > _PAIR
+    parts = b * t * -(-h // _TILE) * plan.max_splits if in_parts else 0
+    rows = 0 if batch_invariant else _dense_rows(b, t, window, entries)
+    o, _, _ = dsv4_ffi.call(
         "sparse_attention",
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((parts, _TILE, c + 2), jnp.float32),
+            jax.ShapeDtypeStruct((parts, _TILE, c // 2 + 2), jnp.float32),
+            jax.ShapeDtypeStruct((b, rows, c), jnp.bfloat16),
         ],
         *(q, sink, frequencies, *ring, *new, *pool),
         *[x.astype(jnp.int32) for x in (table, ids, start, length)],
@@ -214,28 +223,61 @@ def _ffi(
         window=np.int64(window),
         ratio=np.int64(ratio),
         scale=np.float32(scale),
-        max_splits=np.int64(rule[0]),
-        min_blocks=np.int64(rule[1]),
+        heads_each=np.int64(plan.heads_each),
+        max_splits=np.int64(plan.max_splits),
+        min_blocks=np.int64(plan.min_blocks),
     )
     return o
 
 
-def _split_rule(tiles: int, max_blocks: int, batch_invariant: bool) -> tuple[int, int]:
-    """At most how many parts a query's blocks of entries are split into, each of how many or more.
+def _dense_rows(b: int, t: int, window: int, entries: Entries) -> int:
+    """How many entries of each sequence are made dense: all that its t tokens can see, or none."""
+    num_blocks, per_block = entries.pool[0].shape[1:3]
+    rows = window - 1 + t + (entries.block_table.shape[1] * per_block if num_blocks else 0)
+    worth_it = t >= _DENSE_TOKENS and rows <= _DENSE_ROWS_PER_TOKEN * t
+    return rows if worth_it and b * rows <= _DENSE_ROWS else 0
 
-    All that a query can have to do is `max_blocks`; `tiles` are the queries, once for each 64
-    heads, that share the multiprocessors.
+
+class _Plan(NamedTuple):
+    """How the CUDA kernels divide the work.
+
+    Attributes:
+        heads_each: of a thread block. Below 64 it is the kernel of few queries.
+        max_splits: at most how many parts a query's entries are split into; the blocks of a cluster
+            in the kernel of few queries.
+        min_blocks: how many blocks of 64 entries a part has at least.
     """
+
+    heads_each: int
+    max_splits: int
+    min_blocks: int
+
+
+def _plan(queries: int, heads: int, num_slots: int, batch_invariant: bool) -> _Plan:
+    """The plan that should take the shortest time; all that a query can see is `num_slots`.
+
+    Times in microseconds, fitted to measurements on an H200.
+    """
+    max_blocks = -(-num_slots // _TILE)
     if batch_invariant:
-        return _INVARIANT_SPLITS if max_blocks > _INVARIANT_BLOCKS else 1, _INVARIANT_BLOCKS
+        splits = _INVARIANT_SPLITS if max_blocks > _INVARIANT_BLOCKS else 1
+        return _Plan(_TILE, splits, _INVARIANT_BLOCKS)
 
-    def cost(splits: int) -> float:
-        """In times of a block; measured on an H200."""
-        combining = {1: 0.0, _PAIR: 0.8}.get(splits, 2 + splits / 32)
-        return -(-max_blocks // splits) + combining
+    def tiled_us(splits: int) -> float:
+        second_kernel = (1.5 if splits <= 8 else 2.5) + splits / 64
+        combining = {1: 0.0, _PAIR: 0.8}.get(splits, second_kernel)
+        return 5 + 3.5 * (-(-max_blocks // splits) + combining)
 
+    def clustered_us(heads_each: int, ranks: int) -> float:
+        waves = -(-queries * -(-heads // heads_each) // _CLUSTERS[ranks])
+        chunks = -(-num_slots // (ranks * _CHUNK))
+        return waves * {8: 3.7 + 1.25 * chunks, 16: 4.7 + 1.45 * chunks}[heads_each]
+
+    tiles = queries * -(-heads // _TILE)
     limit = min(max_blocks, _MULTIPROCESSORS // max(tiles, 1), _MAX_PARTS)
-    return min(range(1, max(limit, 1) + 1), key=cost), 1
+    times = {_Plan(_TILE, n, 1): tiled_us(n) for n in range(1, max(limit, 1) + 1)}
+    times |= {_Plan(h, r, 1): clustered_us(h, r) for h in (8, 16) for r in _CLUSTERS}
+    return min(times, key=lambda plan: times[plan])
 
 
 def _check_cuda(q: Array, frequencies: Array) -> None:

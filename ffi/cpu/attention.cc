@@ -66,8 +66,8 @@ ffi::Error SparseAttention(ffi::AnyBuffer q, ffi::AnyBuffer sink, ffi::AnyBuffer
                            ffi::AnyBuffer pool_scales, ffi::AnyBuffer block_table,
                            ffi::AnyBuffer ids, ffi::AnyBuffer start, ffi::AnyBuffer length,
                            ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::AnyBuffer>,
-                           int64_t layer, int64_t pool_layer, int64_t window, int64_t ratio,
-                           float scale, int64_t, int64_t) {
+                           ffi::Result<ffi::AnyBuffer>, int64_t layer, int64_t pool_layer,
+                           int64_t window, int64_t ratio, float scale, int64_t, int64_t, int64_t) {
   Attention a;
   DSV4_CHECK(CheckAttention({q, sink, frequencies, ring, ring_scales, recent, recent_scales, pool,
                              pool_scales, block_table, ids, start, length, layer, pool_layer,
@@ -126,11 +126,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv4_sparse_attention, SparseAttention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("layer")
                                   .Attr<int64_t>("pool_layer")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("ratio")
                                   .Attr<float>("scale")
+                                  .Attr<int64_t>("heads_each")
                                   .Attr<int64_t>("max_splits")
                                   .Attr<int64_t>("min_blocks"),
                               {ffi::Traits::kCmdBufferCompatible});

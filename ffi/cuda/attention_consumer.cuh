@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_products.cuh"
+#include "attention_softmax.cuh"
 #include "attention_tiles.cuh"
 
 namespace dsv4 {
@@ -12,44 +13,6 @@ constexpr int kConsumerThreads = kConsumers * kWarpgroup;
 constexpr int kChannels = kWidth / kConsumers;      // of a consumer
 constexpr int kOwnEntries = kTileRows / kConsumers;  // of a tile
 constexpr int kConsumerBarrier = 1, kOwnBarrier = 2;  // of both, and the first of each
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// cos and sin of the angle, one float32 product as everywhere; reduced in float64 because float32
-// loses the turn's fraction far from position 0.
-__device__ __forceinline__ float2 Rotation(int position, float frequency) {
-  constexpr double kTurnsPerRadian = 0.15915494309189535;
-  double turns = static_cast<double>(static_cast<float>(position) * frequency) * kTurnsPerRadian;
-  float2 rotation;
-  sincospif(2.0f * static_cast<float>(turns - rint(turns)), &rotation.y, &rotation.x);
-  return rotation;
-}
-
-// Rounded in the same way wherever it is inlined.
-__device__ __forceinline__ float2 RotateBack(float2 pair, float2 rotation) {
-  return {fmaf(pair.x, rotation.x, pair.y * rotation.y),
-          fmaf(pair.y, rotation.x, -pair.x * rotation.y)};
-}
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ uint32_t PackBf16x2(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-// What the peak of logits is subtracted as: without any logit there is none.
-__device__ __forceinline__ float Base(float peak) { return peak == -INFINITY ? 0.0f : peak; }
-
-// 1 / (sum + exp(sink)), relative to the base; 0 for a head that sees nothing.
-__device__ __forceinline__ float Normaliser(float sum, float peak, float sink) {
-  return sum == 0.0f ? 0.0f : 1.0f / (sum + Exp2(sink * kLog2e - Base(peak)));
-}
 
 // What the consumers tell each other: the weights as the rows of a tile of 64 entries, and of each
 // head the consumers' highest logits or, in the end, their sums.
@@ -191,18 +154,6 @@ struct Consumer {
     return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4 + 8 * which;
   }
 
-  __device__ __forceinline__ void StorePart(float* part) const {
-    float* to = part + Row(0) * kWidth + Column();
-    ForEachPair([&](int i, int which, float2 pair) {
-      *reinterpret_cast<float2*>(to + which * 8 * kWidth + 8 * i) = pair;
-    });
-    if (Number() == 0 && threadIdx.x % 4 == 0) {
-      auto* stats = reinterpret_cast<float2*>(part + kTileRows * kWidth);
-#pragma unroll
-      for (int which = 0; which < 2; ++which) stats[Row(which)] = {peak[which], sum[which]};
-    }
-  }
-
   // Calls f(i, two channels of both rows from `8 i + Column()` on).
   template <typename Function>
   __device__ __forceinline__ void ForEachPiece(Function f) const {
@@ -242,20 +193,8 @@ struct Consumer {
     }
   }
 
-  // Writes the outputs of the consumer's channels by way of `tile`, in which nobody else is busy;
-  // `out` and `sink` are of the first head.
-  __device__ __forceinline__ void StoreOutput(uint16_t* out, uint8_t* tile, const float* sink,
-                                              int num_heads, const float2* rotation) const {
-    constexpr int kOwnPanels = kPanels / kConsumers;
-    StoreTile(tile, sink, num_heads, rotation);
-    SyncThreads(kOwnBarrier + Number(), kWarpgroup);
-    StoreRows<kOwnPanels>(out, tile, num_heads, Number() * kOwnPanels, threadIdx.x % kWarpgroup,
-                          kWarpgroup);
-  }
-
-  // Leaves the outputs of the consumer's channels in a tile.
-  __device__ __forceinline__ void StoreTile(uint8_t* tile, const float* sink, int num_heads,
-                                            const float2* rotation) const {
+  // What a head's outputs are multiplied by; `sink` is of the first head.
+  __device__ __forceinline__ float2 Normalisers(const float* sink, int num_heads) const {
     float normaliser[2];
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
@@ -263,12 +202,36 @@ struct Consumer {
       normaliser[which] =
           head < num_heads ? Normaliser(sum[which], peak[which], __ldg(sink + head)) : 0.0f;
     }
+    return {normaliser[0], normaliser[1]};
+  }
+
+  // The same for the means over the entries alone.
+  __device__ __forceinline__ float2 Means() const {
+    return {sum[0] == 0.0f ? 0.0f : 1.0f / sum[0], sum[1] == 0.0f ? 0.0f : 1.0f / sum[1]};
+  }
+
+  // Writes the outputs of the consumer's channels by way of `tile`, in which nobody else is busy;
+  // `out` is of the first head. Without `rotation` they are not rotated.
+  __device__ __forceinline__ void StoreOutput(uint16_t* out, uint8_t* tile, float2 normalisers,
+                                              int num_heads, const float2* rotation) const {
+    constexpr int kOwnPanels = kPanels / kConsumers;
+    StoreTile(tile, normalisers, rotation);
+    SyncThreads(kOwnBarrier + Number(), kWarpgroup);
+    StoreRows<kOwnPanels>(out, tile, num_heads, Number() * kOwnPanels, threadIdx.x % kWarpgroup,
+                          kWarpgroup);
+  }
+
+  // Leaves the outputs of the consumer's channels in a tile.
+  __device__ __forceinline__ void StoreTile(uint8_t* tile, float2 normalisers,
+                                            const float2* rotation) const {
     constexpr int kOwnPanels = kPanels / kConsumers, kRotatedFrom = (kChannels - kRotary) / 8;
+    const bool rotated = rotation != nullptr && Number() == kConsumers - 1;
     const uint32_t to = SharedAddress(tile + TileOffset(Row(0), Number() * kOwnPanels, 0)) +
                         threadIdx.x % 4 * 4;
     ForEachPair([&](int i, int which, float2 pair) {
-      pair = {pair.x * normaliser[which], pair.y * normaliser[which]};
-      if (i >= kRotatedFrom && Number() == kConsumers - 1) {
+      const float normaliser = which ? normalisers.y : normalisers.x;
+      pair = {pair.x * normaliser, pair.y * normaliser};
+      if (i >= kRotatedFrom && rotated) {
         pair = RotateBack(pair, rotation[(i - kRotatedFrom) * 4 + threadIdx.x % 4]);
       }
       // Volatile keeps the compiler from preparing all the addresses at once.

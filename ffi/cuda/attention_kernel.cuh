@@ -14,7 +14,7 @@ namespace dsv4 {
 constexpr int kProducerThreads = kWarpgroup;
 constexpr int kAttentionThreads = kConsumerThreads + kProducerThreads;
 constexpr int kStages = 2, kMaxParts = 256;
-constexpr int kPartFloats = kTileRows * (kWidth + 2);
+constexpr int kPartFloats = kTileRows * (kWidth / 2 + 2);
 
 struct AttentionShared {
   uint8_t queries[kTileBytes];
@@ -30,7 +30,7 @@ struct AttentionProblem {
   Attention a;
   SplitRule rule;
   int tiles, num_items;  // of 64 heads
-  float* parts;          // [queries, tiles, splits] of outputs [64, 512] and (peak, sum) [64, 2]
+  float* parts;          // [queries, tiles, splits] of bfloat16 [64, 512] and (peak, sum) [64, 2]
   uint16_t* o;
 
   DSV4_HOST_DEVICE bool in_pairs() const { return rule.max_splits == 2; }
@@ -165,7 +165,8 @@ __device__ __forceinline__ void FinishInPair(AttentionShared& shared, Consumer& 
   SyncCluster();
   if (Consumer::Number() != rank) return;
   state.Add(reinterpret_cast<const float4*>(shared.queries), shared.stats);
-  state.StoreOutput(o, shared.entries[0], sink, num_heads, shared.rotation);
+  state.StoreOutput(o, shared.entries[0], state.Normalisers(sink, num_heads), num_heads,
+                    shared.rotation);
 }
 
 __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
@@ -175,7 +176,6 @@ __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
 #pragma unroll 1
   for (int index = blockIdx.x; index < p.num_items; index += gridDim.x) {
     const AttentionItem item(p, index);
-    const bool whole = p.rule.max_splits == 1;
     if (item.begin >= item.end && p.in_parts()) continue;
     const int num_heads = min(p.a.heads - item.tile * kTileRows, kTileRows);
     const int64_t first =
@@ -200,12 +200,19 @@ __device__ void Consume(const AttentionProblem& p, AttentionShared& shared) {
     }
     state.SumOverEntries(shared.exchange);
     const float* sink = p.a.sink + item.tile * kTileRows;
-    if (whole) {  // nobody reads the queries any more
-      state.StoreOutput(p.o + first, shared.queries, sink, num_heads, shared.rotation);
-    } else if (p.in_pairs()) {
+    if (p.in_pairs()) {
       FinishInPair(shared, state, num_heads, sink, p.o + first);
+    } else if (p.in_parts()) {  // nobody reads the queries any more
+      float* part = p.parts + int64_t{index} * kPartFloats;
+      if (Consumer::Number() == 0) {
+        auto* stats = reinterpret_cast<float2*>(part + kTileRows * kWidth / 2);
+        state.ForEachHead([&](int head, float2 x) { stats[head] = x; });
+      }
+      state.StoreOutput(reinterpret_cast<uint16_t*>(part), shared.queries, state.Means(),
+                        kTileRows, nullptr);
     } else {
-      state.StorePart(p.parts + int64_t{index} * kPartFloats);
+      state.StoreOutput(p.o + first, shared.queries, state.Normalisers(sink, num_heads), num_heads,
+                        shared.rotation);
     }
   }
 }
@@ -252,28 +259,26 @@ __global__ void __launch_bounds__(kGroups * kWarpgroup, 1024 / (kGroups * kWarpg
   asm volatile("griddepcontrol.wait;" ::: "memory");
   auto stats = [&](int split) {
     return reinterpret_cast<const float2*>(part + split * int64_t{kPartFloats} +
-                                           kTileRows * kWidth)[row];
+                                           kTileRows * kWidth / 2)[row];
   };
   float peak = -INFINITY, sum = 0.0f;
   for (int i = lane; i < used; i += 32) peak = fmaxf(peak, stats(i).x);
   for (int i = 16; i > 0; i /= 2) peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, i));
-  for (int i = lane; i < used; i += 32) {
-    const float2 x = stats(i);
-    sum += x.y * Exp2(x.x - Base(peak));
-  }
+  auto weight = [&](float2 x) { return x.y * Exp2(x.x - Base(peak)); };
+  for (int i = lane; i < used; i += 32) sum += weight(stats(i));
   for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kAllLanes, sum, i);
 
   const int group = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   float4 o = {};
 #pragma unroll 8
   for (int i = group; i < used; i += kGroups) {
-    const float factor = Exp2(stats(i).x - Base(peak));
-    const float4 x = reinterpret_cast<const float4*>(part + i * int64_t{kPartFloats} +
-                                                     row * kWidth)[thread];
-    o.x += factor * x.x;
-    o.y += factor * x.y;
-    o.z += factor * x.z;
-    o.w += factor * x.w;
+    const float factor = weight(stats(i));
+    const uint2 x = reinterpret_cast<const uint2*>(part + i * int64_t{kPartFloats} +
+                                                   row * kWidth / 2)[thread];
+    o.x = fmaf(factor, __uint_as_float(x.x << 16), o.x);
+    o.y = fmaf(factor, __uint_as_float(x.x & 0xffff0000u), o.y);
+    o.z = fmaf(factor, __uint_as_float(x.y << 16), o.z);
+    o.w = fmaf(factor, __uint_as_float(x.y & 0xffff0000u), o.w);
   }
   sums[group][thread] = o;
   __syncthreads();

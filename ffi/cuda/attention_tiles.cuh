@@ -15,6 +15,29 @@ __device__ __forceinline__ uint32_t TileOffset(int row, int panel, int part) {
   return panel * kPanelBytes + row * 128 + ((part ^ row) % 8) * 16;
 }
 
+// Two E4M3 codes, given in the high bytes of both halves, times `scale`.
+__device__ __forceinline__ uint32_t DecodeCodes(uint32_t codes, uint32_t scale) {
+  return MultiplyBf16x2((codes & kSigns) | ((codes >> 4) & 0x07f007f0u), scale);
+}
+
+// Eight of them times the E8M0 scale `byte`. In the place of a bfloat16's bits they are short of
+// 2^kShort, which the scale brings in.
+__device__ __forceinline__ uint4 DecodeCodes(uint32_t low, uint32_t high, uint32_t byte) {
+  constexpr uint32_t kShort = 120, kInBothHalves = 0x00800080u;
+  constexpr uint32_t kLargest = 254 - kShort;  // byte of a scale that one factor can hold
+  const uint32_t scale = (min(byte, kLargest) + kShort) * kInBothHalves;
+  uint4 words = {DecodeCodes(__byte_perm(low, 0, 0x1404), scale),
+                 DecodeCodes(__byte_perm(low, 0, 0x3424), scale),
+                 DecodeCodes(__byte_perm(high, 0, 0x1404), scale),
+                 DecodeCodes(__byte_perm(high, 0, 0x3424), scale)};
+  if (byte > kLargest) {
+    const uint32_t rest = byte == 255 ? 0x7fc07fc0u : (byte - kLargest + 127) * kInBothHalves;
+    words = {MultiplyBf16x2(words.x, rest), MultiplyBf16x2(words.y, rest),
+             MultiplyBf16x2(words.z, rest), MultiplyBf16x2(words.w, rest)};
+  }
+  return words;
+}
+
 // What a lane has of a record: of every 64 channels the 16 that begin at 16 times its number among
 // the four lanes that share the record. An empty slot is zeros.
 struct RecordPart {
@@ -42,34 +65,14 @@ struct RecordPart {
     return (group < 4 ? scales.x >> 8 * group : scales.y >> 8 * (group - 4)) & 255u;
   }
 
-  // Two codes, given in the high bytes of both halves. In the place of a bfloat16's bits they are
-  // short of 2^kShort, which `scale` brings in.
-  static __device__ __forceinline__ uint32_t Decode(uint32_t codes, uint32_t scale) {
-    const uint32_t unscaled = (codes & kSigns) | ((codes >> 4) & 0x07f007f0u);
-    return MultiplyBf16x2(unscaled, scale);
-  }
-
   __device__ __forceinline__ void Store(uint8_t* tile, int row, int lane_of_four) const {
-    constexpr uint32_t kShort = 120, kInBothHalves = 0x00800080u;
-    constexpr uint32_t kLargest = 254 - kShort;  // byte of a scale that one factor can hold
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const uint32_t byte = ScaleByte(i);
-      const uint32_t scale = (min(byte, kLargest) + kShort) * kInBothHalves;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t low = half ? codes[i].z : codes[i].x;
-        const uint32_t high = half ? codes[i].w : codes[i].y;
-        uint4 words = {Decode(__byte_perm(low, 0, 0x1404), scale),
-                       Decode(__byte_perm(low, 0, 0x3424), scale),
-                       Decode(__byte_perm(high, 0, 0x1404), scale),
-                       Decode(__byte_perm(high, 0, 0x3424), scale)};
-        if (byte > kLargest) {
-          const uint32_t rest = byte == 255 ? 0x7fc07fc0u : (byte - kLargest + 127) * kInBothHalves;
-          words = {MultiplyBf16x2(words.x, rest), MultiplyBf16x2(words.y, rest),
-                   MultiplyBf16x2(words.z, rest), MultiplyBf16x2(words.w, rest)};
-        }
-        *reinterpret_cast<uint4*>(tile + TileOffset(row, i, 2 * lane_of_four + half)) = words;
+        *reinterpret_cast<uint4*>(tile + TileOffset(row, i, 2 * lane_of_four + half)) =
+            DecodeCodes(half ? codes[i].z : codes[i].x, half ? codes[i].w : codes[i].y, byte);
       }
     }
 #pragma unroll

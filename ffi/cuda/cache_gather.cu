@@ -1,37 +1,13 @@
 // gather_kv: a warp for each entry.
 // Architectures: 90a 100f
 
-#include "cache_entry.cuh"
+#include "cache_load.cuh"
 #include "dsv4/cache_gather.h"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kWarps = 8, kLaneChannels = 8, kHalf = kHeadDim / 2;
-
-// Eight channels of an entry that has a row.
-template <EntryFormat kFormat>
-__device__ uint4 LoadChannels(const EntryPlanes& planes, int64_t row, int channel) {
-  const uint8_t* body = planes.body + row * BodyBytes(kFormat, kHeadDim);
-  if (kFormat == EntryFormat::kDense) return *reinterpret_cast<const uint4*>(body + 2 * channel);
-  if (channel >= kNopeDim) {
-    return *reinterpret_cast<const uint4*>(body + kNopeDim + 2 * (channel - kNopeDim));
-  }
-  const uint8_t* scales = planes.scales + row * ScaleBytes(kFormat, kHeadDim);
-  const uint2 codes = *reinterpret_cast<const uint2*>(body + channel);
-  const float scale = kFormat == EntryFormat::kFloatScale
-                          ? *reinterpret_cast<const float*>(scales)
-                          : DecodeE8m0(scales[channel / kRecordGroup]);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = (i < 2 ? codes.x : codes.y) >> (16 * (i % 2)) & 0xffffu;
-    const __half2 halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-    const float2 values = __half22float2(halves);
-    words[i] = PackBfloat16(values.x * scale, values.y * scale);
-  }
-  return {words[0], words[1], words[2], words[3]};
-}
 
 template <EntryFormat kFormat>
 __global__ void __launch_bounds__(32 * kWarps) GatherKvKernel(const GatherCall call) {
@@ -43,8 +19,10 @@ __global__ void __launch_bounds__(32 * kWarps) GatherKvKernel(const GatherCall c
                                call.per_block, call.ids[index]);
   uint4 low = {}, high = {};
   if (row >= 0) {
-    low = LoadChannels<kFormat>(call.pool, row, kLaneChannels * lane);
-    high = LoadChannels<kFormat>(call.pool, row, kHalf + kLaneChannels * lane);
+    const uint8_t* body = call.pool.body + row * BodyBytes(kFormat, kHeadDim);
+    const uint8_t* scales = call.pool.scales + row * ScaleBytes(kFormat, kHeadDim);
+    low = LoadChannels<kFormat>(body, scales, kLaneChannels * lane);
+    high = LoadChannels<kFormat>(body, scales, kHalf + kLaneChannels * lane);
   }
   uint4* out = reinterpret_cast<uint4*>(call.out + index * kHeadDim) + lane;
   out[0] = low;

@@ -25,6 +25,15 @@ __device__ __forceinline__ void StoreInCluster(uint32_t cluster_address, uint32_
       : "memory");
 }
 
+__device__ __forceinline__ void StoreInCluster(uint32_t cluster_address, uint32_t cluster_barrier,
+                                               float x, float y) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          cluster_address),
+      "f"(x), "f"(y), "r"(cluster_barrier)
+      : "memory");
+}
+
 // All threads of all blocks, and what they wrote.
 __device__ __forceinline__ void SyncCluster() {
   asm volatile(

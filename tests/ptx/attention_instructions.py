@@ -1,5 +1,6 @@
 """What the attention kernels need beyond `hopper`: both operands of a warpgroup's product in shared
-memory, one of them with its columns along the rows, and plain asynchronous copies.
+memory, one of them with its columns along the rows, plain asynchronous copies, and matrices from
+shared memory into a warp's registers.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ def instructions() -> Iterator[None]:
         "wgmma.mma_async.sync.aligned": _product,
         "cp.async.cg.shared.global": _copy,
         "cp.async.wait_all": _land,
+        "ldmatrix.sync.aligned.m8n8.x4": _load_matrices,
         "cp.async.bulk.prefetch.L2.global": _nothing,
         "griddepcontrol.launch_dependents": _nothing,
         "griddepcontrol.wait": _nothing,
@@ -63,6 +65,25 @@ def _land(i):
     return run
 
 
+def _load_matrices(i):
+    transposed = "trans" in i.parts
+    rows = address_reader_32(i.operands[1])
+    write = [writer(o, "u4") for o in i.operands[0].elements]
+
+    def run(warp, mask):
+        addresses = rows(warp).copy()
+        for number, write_words in enumerate(write):
+            at = [int(address) for address in addresses[8 * number : 8 * number + 8]]
+            if any(address % 16 for address in at):
+                raise RuntimeError(f"{i.text}: a row that is not at a multiple of 16")
+            matrix = np.stack([shared_view(warp, address, 16).copy() for address in at])
+            matrix = matrix.view("u2").T if transposed else matrix.view("u2")
+            low, high = (matrix[_GROUP, 2 * _THREAD + j].astype("u4") for j in range(2))
+            write_words(warp, mask, low | high << 16)
+
+    return run
+
+
 def _bfloat16(operand: np.ndarray) -> np.ndarray:
     return operand.view(ml_dtypes.bfloat16).astype("f8")
 
@@ -89,6 +110,7 @@ def _product(i):
     read_a = [reader(o, "u4" if registers else "u8") for o in registers or [i.operands[1]]]
     descriptor, accumulate = reader(i.operands[2], "u8"), reader(i.operands[3], "pred")
     transposed = reader(i.operands[-1], "u4")
+    a_transposed = None if registers else reader(i.operands[-2], "u4")
 
     def run(warp, mask):
         where, adds = int(descriptor(warp)[0]), bool(accumulate(warp)[0])
@@ -99,7 +121,11 @@ def _product(i):
                 a = _a_operand([read(warp) for read in read_a], e4m3=False)
             else:
                 first = warp.index % 4 * 16
-                a = _bfloat16(_b_operand(warp, left, 64))[first : first + 16]
+                if a_transposed(warp)[0]:
+                    rows = _columns(warp, left, 64).T
+                else:
+                    rows = _bfloat16(_b_operand(warp, left, 64))
+                a = rows[first : first + 16]
             if transposed(warp)[0]:
                 b = _columns(warp, where, columns)
             else:

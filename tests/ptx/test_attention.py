@@ -19,20 +19,26 @@ FFI = pathlib.Path(__file__).parents[2] / "ffi"
 CONSTANTS = {
     "shared_bytes": "sizeof(AttentionShared)",
     "threads": "kAttentionThreads",
+    "shared_bytes_8": "sizeof(ClusterShared<8>)",
+    "shared_bytes_16": "sizeof(ClusterShared<16>)",
+    "cluster_threads": "kClusterThreads",
 }
 RUNTIME = "#pragma once\n#define INFINITY __int_as_float(0x7f800000)\n"
 
 
 @functools.cache
 def compiled():
-    """(Attend, Combine, their constants)."""
+    """PTX of all kernels, and their constants."""
     constants = "".join(
         f'extern "C" __constant__ int {name} = {value};' for name, value in CONSTANTS.items()
     )
     source = f"""
+        #include "attention_cluster.cuh"
         #include "attention_kernel.cuh"
         namespace dsv4 {{
         template __global__ void Combine<2>(const __grid_constant__ AttentionProblem);
+        template __global__ void AttendInCluster<8>(const __grid_constant__ ClusterProblem);
+        template __global__ void AttendInCluster<16>(const __grid_constant__ ClusterProblem);
         {constants}
         }}
     """
@@ -42,56 +48,94 @@ def compiled():
         include=[FFI / "cuda", FFI / "include"],
         headers={"cuda_runtime.h": RUNTIME},
     )
-    numbers = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in CONSTANTS}
-    return parse(text, "Attend"), parse(text, "Combine"), numbers
+    return text, {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in CONSTANTS}
+
+
+@functools.cache
+def kernel(name):
+    text, _ = compiled()
+    return parse(text, re.search(rf"\.entry (\w*{name}\w*)", text)[1])
+
+
+def divisor(value):
+    shift = 31 + max(int(value) - 1, 0).bit_length()
+    return value, -(-(1 << shift) // int(value)) if value else 0, shift
+
+
+class Problem:
+    """A case in the kernels' memory; what they leave out of the output stays NaN."""
+
+    def __init__(self, case):
+        self.memory, self.kept = GlobalMemory(), []
+        b, t, h, c = case.q.shape
+        self.output = np.full(case.q.shape, np.nan, ml_dtypes.bfloat16).view(np.uint16)
+        records = [self.put(plane[LAYER]) for plane in case.ring]
+        records += [0, 0] if case.new is None else [self.put(plane) for plane in case.new]
+        records += [self.put(plane[POOL_LAYER]) for plane in case.pool] if case.ratio else [0, 0]
+        self.attention = struct.pack(
+            "<13Qf6iiIi?3xiiIiiIii4x",
+            *(self.put(x) for x in (case.q.astype(ml_dtypes.bfloat16).view(np.uint16), case.sink)),
+            self.put(case.omega),
+            *records,
+            self.put(case.table),
+            0 if case.ids is None else self.put(case.ids),
+            *(self.put(x) for x in (case.start, case.length)),
+            case.scale,
+            *(b * t, t, h, c, 2 * len(case.omega), case.window),
+            *divisor(case.ring[0].shape[2]),
+            case.new is not None,
+            0 if case.ids is None else case.ids.shape[2],
+            *divisor(case.ratio),
+            *divisor(case.per_block),
+            case.table.shape[1] if case.ratio else 0,
+        )
+
+    def put(self, array):
+        self.kept.append(np.ascontiguousarray(array))
+        return self.memory.place(self.kept[-1]) if array.size else 0
+
+    def launch(self, name, problem, **options):
+        with attention_instructions.instructions():
+            launch(kernel(name), arguments=[problem], memory=self.memory, **options)
+        return self.output.view(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def run(case, max_splits, num_blocks):
-    """The kernels on `num_blocks` thread blocks; what they leave out stays NaN."""
-    attend, combine, numbers = compiled()
-    memory, kept = GlobalMemory(), []
-
-    def put(array):
-        kept.append(np.ascontiguousarray(array))
-        return memory.place(kept[-1]) if array is not None and kept[-1].size else 0
-
+    """The kernels of 64 heads on `num_blocks` thread blocks."""
+    _, numbers = compiled()
     b, t, h, c = case.q.shape
-    tiles = -(-h // 64)
+    problem, tiles = Problem(case), -(-h // 64)
     num_items = b * t * tiles * max_splits
-    parts = np.full((num_items, 64, c + 2), np.nan, np.float32)
-    o = np.full((b, t, h, c), np.nan, ml_dtypes.bfloat16).view(np.uint16)
-    records = [put(plane[LAYER]) for plane in case.ring]
-    records += [0, 0] if case.new is None else [put(plane) for plane in case.new]
-    records += [put(plane[POOL_LAYER]) for plane in case.pool] if case.ratio else [0, 0]
-    problem = struct.pack(
-        "<13Qf7i?3x4i4x4i2Q",
-        *(put(x) for x in (case.q.astype(ml_dtypes.bfloat16).view(np.uint16), case.sink)),
-        put(case.omega),
-        *records,
-        put(case.table),
-        0 if case.ids is None else put(case.ids),
-        *(put(x) for x in (case.start, case.length)),
-        case.scale,
-        *(b * t, t, h, c, 2 * len(case.omega), case.window, case.ring[0].shape[2]),
-        case.new is not None,
-        *(0 if case.ids is None else case.ids.shape[2], case.ratio),
-        *(case.per_block, case.table.shape[1] if case.ratio else 0),
-        *(max_splits, 1, tiles, num_items),
-        *(memory.place(parts), memory.place(o)),
+    parts = np.full((num_items, 64, c // 2 + 2), np.nan, np.float32)
+    packed = problem.attention + struct.pack(
+        "<4i2Q", max_splits, 1, tiles, num_items, problem.put(parts), problem.put(problem.output)
     )
-    with attention_instructions.instructions():
-        launch(
-            attend,
-            grid=[num_items if max_splits == 2 else min(num_items, num_blocks)],
-            cluster=2 if max_splits == 2 else 1,
-            block=numbers["threads"],
-            dynamic_shared_bytes=numbers["shared_bytes"],
-            arguments=[problem],
-            memory=memory,
-        )
-        if max_splits > 2:
-            launch(combine, grid=[b * t, h], block=256, arguments=[problem], memory=memory)
-    return o.view(ml_dtypes.bfloat16).astype(np.float64)
+    found = problem.launch(
+        "Attend",
+        packed,
+        grid=[num_items if max_splits == 2 else min(num_items, num_blocks)],
+        cluster=2 if max_splits == 2 else 1,
+        block=numbers["threads"],
+        dynamic_shared_bytes=numbers["shared_bytes"],
+    )
+    if max_splits > 2:
+        return problem.launch("Combine", packed, grid=[b * t, h], block=256)
+    return found
+
+
+def run_in_clusters(case, heads_each, ranks):
+    _, numbers = compiled()
+    b, t, h, _ = case.q.shape
+    problem = Problem(case)
+    packed = struct.pack("<i4xQ", ranks.bit_length() - 1, problem.put(problem.output))
+    return problem.launch(
+        f"AttendInClusterILi{heads_each}E",
+        problem.attention + packed,
+        grid=[b * ranks, -(-h // heads_each), t],
+        cluster=ranks,
+        block=numbers["cluster_threads"],
+        dynamic_shared_bytes=numbers[f"shared_bytes_{heads_each}"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,4 +152,25 @@ def run(case, max_splits, num_blocks):
 def test_attention(start, max_splits, num_blocks, options):
     case = full_size(np.random.default_rng(0), start, **options)
     found, correct = run(case, max_splits, num_blocks), expected(case)
+    assert not wrong_in_bfloat16(found, correct).any()
+
+
+@pytest.mark.parametrize(
+    ("start", "heads_each", "ranks", "options"),
+    [
+        ([40], 8, 1, {"heads": 2, "exponent": 60}),
+        ([5, 17], 16, 2, {"heads": 18, "ratio": 4, "top_k": 14, "length": [1, 0]}),
+        ([60], 8, 8, {"heads": 3, "ratio": 4, "top_k": 14}),
+        ([300], 16, 2, {"heads": 3, "ratio": 128, "t": 2, "length": [2]}),
+    ],
+)
+def test_attention_in_clusters(start, heads_each, ranks, options):
+    case = full_size(np.random.default_rng(0), start, **options)
+    found, correct = run_in_clusters(case, heads_each, ranks), expected(case)
+    assert not wrong_in_bfloat16(found, correct).any()
+
+
+def test_attention_in_clusters_searches_many_slots_in_turns():
+    case = full_size(np.random.default_rng(0), [3700], heads=1, ratio=4)
+    found, correct = run_in_clusters(case, 8, 1), expected(case)
     assert not wrong_in_bfloat16(found, correct).any()

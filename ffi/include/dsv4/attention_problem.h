@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "dsv4/divisor.h"
 #include "dsv4/formats.h"
 
 namespace dsv4 {
@@ -31,10 +32,13 @@ struct Attention {
   float scale;
   int num_queries;  // of all sequences
   int tokens, heads, width, rotary_width;
-  int window, ring_size;
+  int window;
+  Divisor ring_size;
   bool has_recent;           // the ring is that of before the chunk
-  int num_ids, ratio;        // num_ids 0: all complete entries; ratio 0: none
-  int per_block, table_width;
+  int num_ids;               // 0: all complete entries
+  Divisor ratio;             // 0: none
+  Divisor per_block;
+  int table_width;
 
   DSV4_HOST_DEVICE int body_bytes() const { return width + rotary_width; }
   DSV4_HOST_DEVICE int capacity() const { return table_width * per_block; }
@@ -45,20 +49,21 @@ struct Query {
   int num_slots;  // 0 for a query that does not count
 };
 
-DSV4_HOST_DEVICE Query QueryOf(const Attention& a, int row) {
+DSV4_HOST_DEVICE Query QueryOf(const Attention& a, int sequence, int token) {
   Query query;
-  query.row = row;
-  query.sequence = row / a.tokens;
-  const int token = row % a.tokens;
-  query.start = a.start[query.sequence];
+  query.row = sequence * a.tokens + token;
+  query.sequence = sequence;
+  query.start = a.start[sequence];
   query.position = query.start + token;
-  int num_entries = a.num_ids;
-  if (num_entries == 0 && a.ratio != 0) {
-    const int complete = (query.position + 1) / a.ratio;
-    num_entries = complete < a.capacity() ? complete : a.capacity();
-  }
-  query.num_slots = token < a.length[query.sequence] ? a.window + num_entries : 0;
+  const int complete = (query.position + 1) / a.ratio;
+  const int seen = complete < a.capacity() ? complete : a.capacity();
+  const int num_entries = a.num_ids != 0 ? a.num_ids : seen;
+  query.num_slots = token < a.length[sequence] ? a.window + num_entries : 0;
   return query;
+}
+
+DSV4_HOST_DEVICE Query QueryOf(const Attention& a, int row) {
+  return QueryOf(a, row / a.tokens, row % a.tokens);
 }
 
 // Null for an empty slot.
