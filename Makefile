@@ -1,5 +1,6 @@
 # Everything here works from a fresh clone: python3 (>= 3.11), make and a network.
 PYTHON ?= python3
+SANITIZER ?= compute-sanitizer
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -29,12 +30,10 @@ kernels: $(INSTALLED)  ## compile both libraries to build/ffi, no GPU needed; re
 	PATH="$$PWD/$(BIN):$$PATH" cmake --build build/ffi
 	$(BIN)/python ffi/kernel_resources.py build/ffi/kernels
 
-sanitize:  ## a few GPU tests of every kernel under compute-sanitizer; PYTHON has jax for CUDA
-	for tool in memcheck racecheck; do \
-	  PYTHONPATH=.:ffi XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_autotune_level=0 \
-	    compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
-	    $(PYTHON) -m pytest -q -m sanitize -n 8 tests || exit 1; \
-	done
+sanitize:  ## every kernel under compute-sanitizer, on a GPU; PYTHON has jax for CUDA
+	cmake -S ffi -B build/sanitizer -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	NVCC_APPEND_FLAGS="-lineinfo -DDSV4_LANES_ARRIVE" cmake --build build/sanitizer --parallel
+	DSV4_FFI_DIR=build/sanitizer PYTHONPATH=.:ffi $(PYTHON) -m tests.sanitizer $(SANITIZER)
 
 # Without the CUDA library, which takes minutes: that is `make kernels`.
 $(INSTALLED): pyproject.toml constraints.txt $(FFI_SOURCES)

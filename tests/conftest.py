@@ -15,19 +15,6 @@ import dsv4_jax  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden" / "tiny-flash"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """`-m sanitize` takes the first and the last case of every GPU test without huge shapes."""
-    cases = {}
-    for item in items:
-        if item.get_closest_marker("gpu") and not item.get_closest_marker("slow"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for name, items_of_test in cases.items():
-        if not any(word in name for word in ("large_shapes", "graph", "output_head")):
-            for item in {items_of_test[0], items_of_test[-1]}:
-                item.add_marker("sanitize")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def program_cache(tmp_path_factory):
     """Commands keep their compiled programs here, not with the user's."""

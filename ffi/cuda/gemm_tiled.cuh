@@ -106,7 +106,7 @@ struct TiledKernel : TiledRing<format, kTokens, kCodes> {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         InitBarrier(&shared.full[i], 1);
-        InitBarrier(&shared.empty[i], kConsumerThreads / 32);
+        InitBarrier(&shared.empty[i], kConsumerThreads / 32 * kArrivalsOfWarp);
       }
       FenceBarrierInit();
     }

@@ -93,13 +93,13 @@ struct TiledProducts : TiledRing<format, kTokens, kCodes> {
         CommitProducts();
         // The fragments decoded next were read by the group before this one.
         WaitProductsExcept<1>();
-        if (lane == 0 && half == 0 && k > work.begin) Arrive(&shared.empty[previous]);
+        if (half == 0 && k > work.begin) ArriveAsWarp(&shared.empty[previous]);
       }
       previous = slot;
       position.Advance();
     }
     WaitProducts(acc);
-    if (lane == 0) Arrive(&shared.empty[previous]);
+    ArriveAsWarp(&shared.empty[previous]);
   }
 
   // The operands of a block of E4M3 weights, and the factors of its sums in rows l / 4 and
@@ -182,7 +182,7 @@ struct TiledProducts : TiledRing<format, kTokens, kCodes> {
         const float* scales = shared.ring.input_scales[slot] + part * kPartTokens + lane % 4 * 2;
         ScaleInto(acc + part * (kPartTokens / 2), sums, scales, block.factors);
       }
-      if (lane == 0) Arrive(&shared.empty[slot]);
+      ArriveAsWarp(&shared.empty[slot]);
       if (!last) block = kReadsAhead ? next : load(k + 1);
     }
   }

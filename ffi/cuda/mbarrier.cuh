@@ -29,6 +29,20 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
                : "memory");
 }
 
+// A warp's arrival, of whose lanes each has read or written something that is over now. Racecheck
+// takes along what the arriving thread did, not what __syncwarp has ordered before that: in a
+// library built for it all lanes arrive.
+#ifdef DSV4_LANES_ARRIVE
+constexpr uint32_t kArrivalsOfWarp = 32;
+__device__ __forceinline__ void ArriveAsWarp(uint64_t* barrier) { Arrive(barrier); }
+#else
+constexpr uint32_t kArrivalsOfWarp = 1;
+__device__ __forceinline__ void ArriveAsWarp(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) Arrive(barrier);
+}
+#endif
+
 // One arrival, which also announces `bytes` of asynchronous copies.
 __device__ __forceinline__ void ArriveExpectingBytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(

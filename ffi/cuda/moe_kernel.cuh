@@ -192,8 +192,7 @@ struct MoeKernel {
 
   // The stage may be filled again.
   __device__ __forceinline__ void Release() {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) Arrive(&shared.empty[ring.slot]);
+    ArriveAsWarp(&shared.empty[ring.slot]);
     ring.Advance();
   }
 
@@ -355,9 +354,10 @@ struct MoeKernel {
     rows = is_diagonal ? rows + row * kRowBytes + share * 16 : shared.zeros;
     const auto* scales = reinterpret_cast<const SumScales<Shape::format>*>(
         from.scales + number * kScaleBytes + warp_tile * kTileScales);
-    const auto* words = reinterpret_cast<const uint4*>(from.codes + number * kCodeBytes +
-                                                       warp_tile * Shape::kWarpTileBytes);
-    AddScaledProducts(sums, words + lane, scales[lane / 4 * 2 + share % 2], [&](int part) {
+    uint4 chunks[NumChunks(Shape::format)];
+    LoadChunks(chunks, from.codes + number * kCodeBytes + warp_tile * Shape::kWarpTileBytes +
+                           lane * 16);
+    AddScaledProducts(sums, chunks, scales[lane / 4 * 2 + share % 2], [&](int part) {
       return *reinterpret_cast<const uint4*>(rows + PartOffset(odd, part));
     });
   }
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1) Moe(const __grid_constant__ Mo
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
       InitBarrier(&shared.full[i], 1 + kProducers);
-      InitBarrier(&shared.empty[i], kConsumerWarps);
+      InitBarrier(&shared.empty[i], kConsumerWarps * kArrivalsOfWarp);
     }
     FenceBarrierInit();
   }

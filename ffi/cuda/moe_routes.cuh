@@ -67,8 +67,9 @@ struct RouteKernel {
 
   __device__ void Produce() {
     const int lane = threadIdx.x % kWarp;
+    const Route route = LoadRoute(lane);
     InitBarriers(lane);
-    ListRows(lane);
+    ListRows(lane, route);
     asm volatile("bar.arrive %0, %1;" ::"n"(kListBarrier), "n"(kRouteThreads) : "memory");
     // Counters are zero from here on.
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -98,32 +99,43 @@ struct RouteKernel {
   __device__ void InitBarriers(int lane) {
     if (lane < kMostRouteStages) {
       InitBarrier(&shared.full[lane], 1);
-      InitBarrier(&shared.empty[lane], kRouteWarps);
+      InitBarrier(&shared.empty[lane], kRouteWarps * kArrivalsOfWarp);
     }
     if (lane < kItemSlots) {
       InitBarrier(&shared.item_full[lane], 1);
-      InitBarrier(&shared.item_empty[lane], kRouteWarps + 1);
+      InitBarrier(&shared.item_empty[lane], (kRouteWarps + 1) * kArrivalsOfWarp);
     }
     if (lane < 2) {
-      InitBarrier(&shared.sum_full[lane], kRouteWarps);
-      InitBarrier(&shared.sum_empty[lane], 1);
+      InitBarrier(&shared.sum_full[lane], kRouteWarps * kArrivalsOfWarp);
+      InitBarrier(&shared.sum_empty[lane], kArrivalsOfWarp);
     }
-    InitBarrier(&shared.row_full[lane], kRowWarps);
+    InitBarrier(&shared.row_full[lane], kRowWarps * kArrivalsOfWarp);
     FenceBarrierInit();
   }
 
-  // Of each token the shared expert, then its routes, each in the half that has less to read.
-  __device__ void ListRows(int lane) {
+  struct Route {
+    int token, expert_id;
+    bool is_valid;
+    float weight;
+  };
+
+  __device__ __forceinline__ Route LoadRoute(int lane) const {
     const Routing& r = p.routing;
-    const int token = lane / r.top_k;
-    int expert = -1;
-    if (token < r.num_tokens) {
-      int id = r.expert_ids[lane];
-      const bool is_valid = r.valid[token];
-      const float weight = r.weights[lane];
-      if (is_valid && 0 <= id && id < r.num_experts) expert = id;
-      shared.weight_of_route[lane] = weight;
+    Route route = {lane / r.top_k};
+    if (route.token < r.num_tokens) {
+      route.expert_id = r.expert_ids[lane];
+      route.is_valid = r.valid[route.token];
+      route.weight = r.weights[lane];
     }
+    return route;
+  }
+
+  // Of each token the shared expert, then its routes, each in the half that has less to read.
+  __device__ void ListRows(int lane, const Route& route) {
+    const Routing& r = p.routing;
+    const int token = route.token, id = route.expert_id;
+    const int expert = route.is_valid && 0 <= id && id < r.num_experts ? id : -1;
+    shared.weight_of_route[lane] = route.weight;
     const uint32_t takes_part = __ballot_sync(0xffffffffu, expert >= 0);
     const auto routes_before = [&](int route) { return __popc(takes_part & ((1u << route) - 1)); };
     if (expert >= 0) {
@@ -243,8 +255,7 @@ struct RouteKernel {
                                            GatedPair(gate[i].y, up[i].y, weight)});
         }
       }
-      __syncwarp();
-      if (threadIdx.x % kWarp == 0) Arrive(&shared.row_full[row]);
+      ArriveAsWarp(&shared.row_full[row]);
     });
   }
 
@@ -280,8 +291,7 @@ struct RouteKernel {
   __device__ __forceinline__ int PopItem() {
     WaitBarrier(&shared.item_full[item.slot], item.parity);
     const int number = shared.items[item.slot];
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) Arrive(&shared.item_empty[item.slot]);
+    ArriveAsWarp(&shared.item_empty[item.slot]);
     item.Advance();
     return number;
   }
@@ -335,13 +345,12 @@ struct RouteKernel {
           } else {
             scale = scales[tile * (kWarp / 2)];
           }
-          const uint8_t* codes = stage.codes + codes_at + tile * kTileCodes;
-          AddScaledProducts(sums[tile], reinterpret_cast<const uint4*>(codes), scale,
-                            [&](int part) { return row[part]; });
+          uint4 chunks[NumChunks(kFormat)];
+          LoadChunks(chunks, stage.codes + codes_at + tile * kTileCodes);
+          AddScaledProducts(sums[tile], chunks, scale, [&](int part) { return row[part]; });
         }
       }
-      __syncwarp();
-      if (lane == 0) Arrive(&shared.empty[ring.slot]);
+      ArriveAsWarp(&shared.empty[ring.slot]);
       ring.Advance(p.num_stages);
     }
     WaitBarrier(&shared.sum_empty[sum.slot], sum.parity ^ 1);
@@ -352,8 +361,7 @@ struct RouteKernel {
       mine += __shfl_xor_sync(0xffffffffu, mine, 1);  // of lanes 4 g and 4 g + 1
       if (lane % 4 == 0) to[8 * i] = mine;
     }
-    __syncwarp();
-    if (lane == 0) Arrive(&shared.sum_full[sum.slot]);
+    ArriveAsWarp(&shared.sum_full[sum.slot]);
     sum.Advance();
   }
 
@@ -412,8 +420,7 @@ struct RouteKernel {
       pair.x += part[threadIdx.x % kWarp].x;
       pair.y += part[threadIdx.x % kWarp].y;
     }
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) Arrive(&shared.sum_empty[sum.slot]);
+    ArriveAsWarp(&shared.sum_empty[sum.slot]);
     sum.Advance();
     return {pair.x * scale, pair.y * scale};
   }

@@ -1,0 +1,1 @@
+"""Small calls of every kernel, for compute-sanitizer."""
