@@ -16,11 +16,13 @@ file unless --characters says otherwise.
 
 import argparse
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +186,6 @@ def measured(
     kernels: Kernels = Kernels.XLA,
     context: int = CONTEXT,
     batch: int = 1,
-    jobs: int = 1,
 ) -> tuple[list[harness.Row], list[harness.Row]]:
     """(a row for each variant, a row for each of its layers); the first variant is the reference.
 
@@ -193,48 +194,56 @@ def measured(
         chosen: variants of the model.
         source, dtype, kernels: as for `dsv4_jax.load`.
         context, batch: as for `evaluate`.
-        jobs: variants that are compiled at the same time.
     """
     begin = time.monotonic()
     shipped = dsv4_jax.load(source, dtype=dtype, kernels=Kernels.XLA)
-    stored = {}
-    for formats in dict.fromkeys(variant.formats for variant in chosen):
-        experts, linears = formats
-        stored[formats] = rebuilt(shipped, experts=experts, linears=linears)
-
-    def run(variant: Variant) -> tuple[Observed, float]:
-        model = rebuilt(stored[variant.formats], numerics=variant.numerics, kernels=kernels)
-        observed = Observed(model)
-        bits = evaluate(observed, texts, context, batch).bits_per_byte
-        seconds = time.monotonic() - begin
-        print(f"{seconds:4.0f} s, {bits:.4f} bits per byte: {variant.columns()}", flush=True)
-        return observed, bits
-
-    exact_weights = stored[chosen[0].formats]
-    lost = {formats: weight_error(model, exact_weights) for formats, model in stored.items()}
+    stored = {
+        formats: rebuilt(shipped, experts=formats[0], linears=formats[1])
+        for formats in dict.fromkeys(variant.formats for variant in chosen)
+    }
     rows: list[harness.Row] = []
     layers: list[harness.Row] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(run, chosen)
-        reference, reference_bits = first = next(results)
-        for variant, (model, bits) in zip(chosen, itertools.chain([first], results), strict=True):
-            of_layers = errors(model, reference)
-            rows.append(
-                {
-                    **variant.columns(),
-                    "weight_error": lost[variant.formats],
-                    "bits_per_byte": bits,
-                    "above_reference": bits - reference_bits,
-                    **of_layers[-1],
-                }
-            )
-            layers += [
-                {**variant.columns(), "layer": i, **found} for i, found in enumerate(of_layers)
-            ]
+    for variant in chosen:
+        weights = stored[variant.formats]
+        model = Observed(rebuilt(weights, numerics=variant.numerics, kernels=kernels))
+        bits = float(evaluate(model, texts, context, batch).bits_per_byte)
+        if not rows:
+            reference, exact_weights, reference_bits = model, weights, bits
+        of_layers = errors(model, reference)
+        rows.append(
+            {
+                **variant.columns(),
+                "weight_error": weight_error(weights, exact_weights),
+                "bits_per_byte": bits,
+                "above_reference": bits - reference_bits,
+                **of_layers[-1],
+            }
+        )
+        layers += [{**variant.columns(), "layer": i, **found} for i, found in enumerate(of_layers)]
+        print(f"{time.monotonic() - begin:4.0f} s: {rows[-1]}", flush=True)
+    return rows, layers
+
+
+def measured_by(
+    jobs: int, texts: Sequence[str], chosen: Sequence[Variant], **options: Any
+) -> tuple[list[harness.Row], list[harness.Row]]:
+    """`measured` by processes that share the variants; each computes the reference for itself."""
+    reference, *others = chosen
+    shares = [others[i * len(others) // jobs : (i + 1) * len(others) // jobs] for i in range(jobs)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        run = partial(measured, texts, **options)
+        found = list(pool.map(run, [[reference, *share] for share in shares]))
+    rows, layers = found[0]
+    num_layers = len(layers) // len(rows)
+    for more, of_layers in found[1:]:
+        rows += more[1:]
+        layers += of_layers[num_layers:]
     return rows, layers
 
 
 def main() -> None:
+    # Several processes share the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", type=Path)
@@ -247,9 +256,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--characters", type=int, default=CPU_CHARACTERS if on_cpu else None)
     parser.add_argument("--batch", type=int, default=1 if on_cpu else 8)
-    parser.add_argument("--jobs", type=int, default=1 if on_cpu else 8)
+    parser.add_argument("--jobs", type=int, default=1 if on_cpu else 4)
     options = parser.parse_args()
-    rows, layers = measured(
+    rows, layers = measured_by(
+        options.jobs,
         texts_of(options.paths, options.characters),
         list(variants(options.experts, options.linears, options.activations)),
         source=options.model,
@@ -257,7 +267,6 @@ def main() -> None:
         kernels=Kernels.FASTEST if options.kernels == "fastest" else Kernels.XLA,
         context=options.context,
         batch=options.batch,
-        jobs=options.jobs,
     )
     harness.write_results("quality", rows)
     harness.write_results("quality-layers", layers)

@@ -1,5 +1,6 @@
 """benchmarks.quality: which variants are measured, and what is said of them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_errors_of_rounded_activations(tables):
         # Of an error that is orthogonal to the streams.
         assert 1 - row["cosine"] < 4 * row["relative_l2"] ** 2
     assert rows[2]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("jobs", [1, 3, 9])
+def test_processes_share_the_variants(jobs, monkeypatch):
+    def fake(texts, chosen, *, batch):
+        assert (texts, batch, chosen[0]) == (["text"], 2, "a")
+        return [v.upper() for v in chosen], [v + layer for v in chosen for layer in "01"]
+
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(quality, "measured", fake)
+    rows, layers = quality.measured_by(jobs, ["text"], list("abcdef"), batch=2)
+    assert rows == list("ABCDEF")
+    assert layers == [v + layer for v in "abcdef" for layer in "01"]
 
 
 def test_errors_by_their_definition():
