@@ -195,15 +195,39 @@ def _store_transposed(i):
     return run
 
 
+@_instruction("cp.async.bulk.shared::cluster.shared::cta")
+def _copy_to_cluster(i):
+    to, source, signal = (address_reader_32(i.operands[j]) for j in (0, 1, 3))
+    size = reader(i.operands[2], "u4")
+
+    def run(warp, mask):
+        for lane in np.flatnonzero(mask):
+            at, bytes_ = int(to(warp)[lane]), int(size(warp)[lane])
+            barrier = int(signal(warp)[lane])
+            target = shared_view(warp, at, bytes_)
+            copied = shared_view(warp, int(source(warp)[lane]), bytes_)
+            target[:] = GARBAGE_BYTE
+
+            def finish(target=target, copied=copied, barrier=barrier):
+                target[:] = copied
+                barrier_at(warp, barrier).complete(len(target))
+
+            warp.block.cluster.copy_later(finish)
+
+    return run
+
+
 @_instruction("st.async.shared::cluster.mbarrier::complete_tx::bytes")
 def _store_in_cluster(i):
     to, signal = address_reader_32(i.operands[0]), address_reader_32(i.operands[2])
-    values = [reader(o, "u4") for o in i.operands[1].elements]
+    stored = i.operands[1]
+    kind = "u8" if i.parts[-1] == "b64" else "u4"
+    values = [reader(o, kind) for o in getattr(stored, "elements", (stored,))]
 
     def run(warp, mask):
-        words = np.stack([read(warp) for read in values], 1).astype("u4")
+        words = np.stack([read(warp) for read in values], 1).astype(kind)
         lanes_on = np.flatnonzero(mask)
-        targets = [shared_view(warp, int(to(warp)[lane]), 4 * len(values)) for lane in lanes_on]
+        targets = [shared_view(warp, int(to(warp)[lane]), words[0].nbytes) for lane in lanes_on]
         barriers = signal(warp).copy()
         for target in targets:
             target[:] = GARBAGE_BYTE

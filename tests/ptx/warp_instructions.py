@@ -109,10 +109,11 @@ def _mma(i):
 
 
 def _atomic(i, function):
-    """`function` of the old value and the operand gives the new one."""
-    shared = "shared" in i.parts
-    addresses = (address_reader_32 if shared else address_reader)(i.operands[1])
-    operand, write = reader(i.operands[2], "u4"), writer(i.operands[0], "u4")
+    """`function` of the old value and the operand gives the new one; "red" returns nothing."""
+    shared, returns = "shared" in i.parts, i.parts[0] == "atom"
+    address, operand = i.operands[-2:]
+    addresses = (address_reader_32 if shared else address_reader)(address)
+    operand, write = reader(operand, "u4"), writer(i.operands[0], "u4") if returns else None
 
     def update(warp, mask):
         where, operands, old = addresses(warp), operand(warp), np.zeros(WARP, "u4")
@@ -122,7 +123,8 @@ def _atomic(i, function):
             value = memory.view("u4")
             old[lane] = value[0]
             value[0] = function(int(value[0]), int(operands[lane]))
-        write(warp, mask, old)
+        if write:
+            write(warp, mask, old)
 
     return update
 
@@ -132,6 +134,6 @@ def _atomic_wrapping_increment(i):
     return _atomic(i, lambda old, limit: 0 if old >= limit else old + 1)
 
 
-@instruction("atom.shared.add.u32")
+@instruction("atom.shared.add.u32", "red.shared.add.u32")
 def _atomic_add(i):
     return _atomic(i, lambda old, more: (old + more) % 2**32)
