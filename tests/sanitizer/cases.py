@@ -200,7 +200,7 @@ def router() -> Iterator[Call]:
     for num_experts, k in itertools.product((20, 256, 300, 384, 1000), (6, 8)):
         logits, bias = float32(9, num_experts), float32(num_experts, seed=1)
         yield kernel(activation_topk, logits, bias, k, 2.5)
-    for num_experts, num_tokens in itertools.product((20, 256, 384), (1, 16, 33, 130)):
+    for num_experts, num_tokens in itertools.product((20, 256, 384), (1, 16, 33, 512)):
         x, gate, bias = routes.tokens_and_gate(num_tokens, num_experts, 512)
         yield kernel(dense_router, x, gate, bias, 6, 2.5)
         if num_tokens <= 64:
