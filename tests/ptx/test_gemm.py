@@ -29,7 +29,7 @@ ENUMERATORS = {
 
 
 @functools.cache
-def compiled(template, name, mutant=()):
+def compiled(template, name, mutant=(), includes=("gemm_tiled.cuh", "tile_inputs.cuh")):
     """A kernel; `mutant` is (file, text, replacement)."""
     headers = {"cuda_runtime.h": "#pragma once\n", "cuda_bf16.h": "#pragma once\n"}
     if mutant:
@@ -37,11 +37,8 @@ def compiled(template, name, mutant=()):
         source = (FFI / "cuda" / file).read_text()
         assert source.count(text) == 1
         headers[file] = source.replace(text, replacement)
-    source = f"""
-        #include "gemm_tiled.cuh"
-        #include "tile_inputs.cuh"
-        namespace dsv4 {{ {template} }}
-    """
+    source = "".join(f'#include "{file}"\n' for file in includes)
+    source += f"namespace dsv4 {{ {template} }}"
     include = [FFI / "cuda", FFI / "include"]
     text = nvrtc.compile_ptx(source, architecture="compute_90a", include=include, headers=headers)
     (entry,) = (e for e in re.findall(r"\.entry (\w+)\(", text) if name in e)

@@ -1,40 +1,27 @@
 """The kernel of gemm for up to 64 rows, compiled to PTX and executed on the CPU."""
 
-import functools
-import re
 import struct
 
 import numpy as np
 import pytest
 
 from tests.ptx import attention_instructions, nvrtc
-from tests.ptx.emulator import Deadlock, GlobalMemory, launch, parse
+from tests.ptx.emulator import Deadlock, GlobalMemory, launch
 from tests.ptx.emulator.memory import MemoryFault
-from tests.ptx.test_gemm import ENUMERATORS, FFI, SHARED_BYTES, Problem
+from tests.ptx.test_gemm import ENUMERATORS, SHARED_BYTES, Problem, compiled
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 CHUNKS = {"mxfp4": 2, "nvfp4": 2, "fp8_block": 4, "bf16": 8}
 
 
-@functools.cache
-def compiled(arguments, mutant=()):
+def kernel(arguments, mutant):
     """The kernel; `mutant` is (text, replacement)."""
-    headers = {"cuda_runtime.h": "#pragma once\n", "cuda_bf16.h": "#pragma once\n"}
-    if mutant:
-        source = (FFI / "cuda" / "gemm_direct.cuh").read_text()
-        assert source.count(mutant[0]) == 1
-        headers["gemm_direct.cuh"] = source.replace(*mutant)
-    source = f"""
-        #include "gemm_direct.cuh"
-        namespace dsv4 {{
-        template __global__ void DirectGemm<{arguments}>(const __grid_constant__ DirectParams);
-        }}
-    """
-    include = [FFI / "cuda", FFI / "include"]
-    text = nvrtc.compile_ptx(source, architecture="compute_90a", include=include, headers=headers)
-    (entry,) = (e for e in re.findall(r"\.entry (\w+)\(", text) if "DirectGemm" in e)
-    return parse(text, entry)
+    template = (
+        f"template __global__ void DirectGemm<{arguments}>(const __grid_constant__ DirectParams);"
+    )
+    file = "gemm_direct.cuh"
+    return compiled(template, "DirectGemm", (file, *mutant) if mutant else (), (file,))
 
 
 def multiply(problems, warps, chunks, ranks_log2, unit_warps_log2, clusters, seed=0, mutant=()):
@@ -77,7 +64,7 @@ def multiply(problems, warps, chunks, ranks_log2, unit_warps_log2, clusters, see
     arguments = ", ".join([*numbers, *(ENUMERATORS[f] for f in used)])
     with attention_instructions.instructions():
         launch(
-            compiled(arguments, mutant),
+            kernel(arguments, mutant),
             grid=(1 << ranks_log2, first),
             block=warps * 32,
             arguments=[params + segments.ljust(8 * 56, b"\0")],

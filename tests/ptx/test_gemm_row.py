@@ -1,38 +1,23 @@
 """The kernel of gemm for one row, compiled to PTX and executed on the CPU."""
 
-import functools
-import re
 import struct
 
 import numpy as np
 import pytest
 
 from tests.ptx import moe_instructions, nvrtc
-from tests.ptx.emulator import Deadlock, GlobalMemory, launch, parse
+from tests.ptx.emulator import Deadlock, GlobalMemory, launch
 from tests.ptx.emulator.memory import MemoryFault
-from tests.ptx.test_gemm import ENUMERATORS, FFI, Problem
+from tests.ptx.test_gemm import ENUMERATORS, Problem, compiled
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 
-@functools.cache
-def compiled(arguments, mutant=()):
+def kernel(arguments, mutant):
     """The kernel; `mutant` is (text, replacement)."""
-    headers = {"cuda_runtime.h": "#pragma once\n", "cuda_bf16.h": "#pragma once\n"}
-    if mutant:
-        source = (FFI / "cuda" / "gemm_row.cuh").read_text()
-        assert source.count(mutant[0]) == 1
-        headers["gemm_row.cuh"] = source.replace(*mutant)
-    source = f"""
-        #include "gemm_row.cuh"
-        namespace dsv4 {{
-        template __global__ void GemmRow<{arguments}>(const __grid_constant__ RowParams);
-        }}
-    """
-    include = [FFI / "cuda", FFI / "include"]
-    text = nvrtc.compile_ptx(source, architecture="compute_90a", include=include, headers=headers)
-    (entry,) = (e for e in re.findall(r"\.entry (\w+)\(", text) if "GemmRow" in e)
-    return parse(text, entry)
+    template = f"template __global__ void GemmRow<{arguments}>(const __grid_constant__ RowParams);"
+    file = "gemm_row.cuh"
+    return compiled(template, "GemmRow", (file, *mutant) if mutant else (), (file,))
 
 
 def multiply(problems, warps_log2, cuts, seed=0, mutant=()):
@@ -55,7 +40,7 @@ def multiply(problems, warps_log2, cuts, seed=0, mutant=()):
     formats = dict.fromkeys(p.weight.weight_format for p in problems)
     with moe_instructions.instructions():
         launch(
-            compiled(", ".join([str(warps_log2), *(ENUMERATORS[f] for f in formats)]), mutant),
+            kernel(", ".join([str(warps_log2), *(ENUMERATORS[f] for f in formats)]), mutant),
             grid=(blocks, groups),
             block=32 << warps_log2,
             arguments=[params + segments.ljust(8 * 64, b"\0")],
