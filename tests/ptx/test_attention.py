@@ -158,7 +158,7 @@ def test_attention(start, max_splits, num_blocks, options):
 @pytest.mark.parametrize(
     ("start", "heads_each", "ranks", "options"),
     [
-        ([40], 8, 1, {"heads": 2, "exponent": 60}),
+        ([40], 8, 2, {"heads": 2, "exponent": 60}),
         ([5, 17], 16, 2, {"heads": 18, "ratio": 4, "top_k": 14, "length": [1, 0]}),
         ([60], 8, 8, {"heads": 3, "ratio": 4, "top_k": 14}),
         ([300], 16, 2, {"heads": 3, "ratio": 128, "t": 2, "length": [2]}),
@@ -171,6 +171,6 @@ def test_attention_in_clusters(start, heads_each, ranks, options):
 
 
 def test_attention_in_clusters_searches_many_slots_in_turns():
-    case = full_size(np.random.default_rng(0), [3700], heads=1, ratio=4)
-    found, correct = run_in_clusters(case, 8, 1), expected(case)
+    case = full_size(np.random.default_rng(0), [7900], heads=1, ratio=4)
+    found, correct = run_in_clusters(case, 8, 2), expected(case)
     assert not wrong_in_bfloat16(found, correct).any()
